@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Encode one domain once with a frozen autoencoder, so that stage 2 never touches an image again.
+
+    python launch/encode_latents.py --autoencoder runs/fruit/pretrain \\
+        --shards data/fruit/apple/train --out data/fruit-latents/apple --flip
+
+VQ-VAE-2 latents are stored as codes (exact, about 100 times smaller), others as float32 or float16. The
+autoencoder's fingerprint is stored with them: an energy can never be trained on the latents of another one.
+Interrupted? The same command continues. Finished? It says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from letit_dist.errors import UserError, reports_errors
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--autoencoder", required=True, help="folder with config.json and model.safetensors, or a run")
+    parser.add_argument("--shards", required=True, nargs="+", help="image shard folders, each with index.json")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the latent shards")
+    parser.add_argument("--domain", help="the domain's name (default: the one the image shards carry)")
+    parser.add_argument("--flip", action="store_true", help="also encode every image mirrored")
+    parser.add_argument("--crops", type=int, default=0, metavar="N", help="also encode N random crops an image")
+    parser.add_argument("--seed", type=int, default=0, help="of the crops")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of stored latents")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=0, help="decoding processes")
+    return parser.parse_args(argv)
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    import torch
+
+    from letit_dist.autoencoders.base import load_autoencoder
+    from letit_dist.data.encoding import EncodeOptions, encode_domain
+    from letit_dist.data.reader import ShardDataset
+    from letit_dist.pretrained import find_folder
+
+    if args.batch < 1 or args.crops < 0:
+        raise UserError(f"--batch must be at least 1 and --crops at least 0, got {args.batch} and {args.crops}")
+    autoencoder = load_autoencoder(find_folder(args.autoencoder))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = EncodeOptions(args.flip, args.crops, args.seed, args.dtype, args.batch, args.workers)
+    try:
+        report = encode_domain(
+            autoencoder.to(device), ShardDataset(args.shards), args.out, options, domain=args.domain, device=device
+        )
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        return 130
+    print(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

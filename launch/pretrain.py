@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Stage 1: pretrain an autoencoder on image shards.
+
+    accelerate launch --config_file launch/accelerate/gpu8.yaml launch/pretrain.py \\
+        configs/pretrain/ffhq1024_vqvae2.yaml --run runs/ffhq1024_vqvae2
+
+    python launch/pretrain.py configs/debug/vqvae2.yaml --run runs/try training.images=64000 data.train=[shards/a]
+
+The same command again resumes from the newest checkpoint in the run folder, after a stop or a kill. SIGTERM,
+SIGUSR1 and Ctrl-C save a checkpoint first (exit code 75). The run folder holds config.yaml, environment.json,
+stats.jsonl, samples/, checkpoints/ and, at the end, export/images-*/ with config.json and model.safetensors.
+Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from letit_dist.errors import UserError, reports_errors
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file, e.g. configs/pretrain/imagenet256_vqvae2.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.batch=64 data.workers=4")
+    parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
+    parser.add_argument("--check", action="store_true", help="print the resolved configuration and exit")
+    args = parser.parse_intermixed_args(argv)
+    if not args.check and args.run is None:
+        parser.error("--run is required (or --check)")
+    return args
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from letit_dist.config import PretrainConfig, load_config, to_yaml
+
+    config = load_config(PretrainConfig, args.config, args.overrides)
+
+    from letit_dist.autoencoders.base import build_autoencoder
+    from letit_dist.registry import RECIPES
+    from letit_dist.training.feeds import ImageFeed
+    from letit_dist.training.run import export, open_run
+    from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, plan_batch, seed_weights
+    from letit_dist.training.trainer import Trainer
+
+    recipe_class = RECIPES.get(config.recipe.kind)
+    plan = plan_batch(config.training, launched_ranks())
+    if args.check:
+        print(to_yaml(config), end="")
+        print(f"# batch: {plan}")
+        print(f"# steps: {-(-config.training.images // plan.batch)}")
+        return 0
+
+    feed = ImageFeed(config.data, seed=config.training.seed)
+    expected = (config.autoencoder.resolution,) * 2
+    if feed.image_size not in (None, expected):
+        raise UserError(
+            f"data.train holds images of {feed.image_size[1]}x{feed.image_size[0]}, autoencoder.resolution is "
+            f"{expected[0]}: pack them again with shards/pack.py --resolution {expected[0]}"
+        )
+    seed_weights(config.training.seed)
+    recipe = recipe_class(
+        config.recipe,
+        build_autoencoder(config.autoencoder),
+        seed=config.training.seed,
+        precision=config.training.precision,
+    )
+    accelerator = create_accelerator(several_phases=len(recipe.phases) > 1)
+    main_decides(accelerator, lambda: open_run(args.run, config))
+    trainer = Trainer(
+        accelerator,
+        recipe,
+        feed,
+        run=args.run,
+        training=config.training,
+        intervals=config.intervals,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    trainer.say(f"batch: {plan}")
+    code = trainer.train()
+    if code == 0:
+        export(trainer)
+    accelerator.end_training()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

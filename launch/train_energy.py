@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Stage 2: learn the energy that carries the latents of one domain to another.
+
+    python launch/train_energy.py configs/energy/fruit.yaml --run runs/fruit/apple2orange \\
+        autoencoder=runs/fruit/pretrain data.source=data/fruit-latents/apple data.target=data/fruit-latents/orange
+
+    accelerate launch --config_file launch/accelerate/gpu8.yaml launch/train_energy.py ...
+
+The latents come from launch/encode_latents.py. The same command again resumes from the newest checkpoint.
+Swap data.source and data.target (and name another run folder) for the other direction. The run folder ends
+with export/images-*/: the energy with its chain's settings and its autoencoder's fingerprint.
+Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from letit_dist.errors import reports_errors
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file, e.g. configs/energy/fruit.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.batch=16")
+    parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
+    parser.add_argument("--check", action="store_true", help="print the resolved configuration and exit")
+    args = parser.parse_intermixed_args(argv)
+    if not args.check and args.run is None:
+        parser.error("--run is required (or --check)")
+    return args
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from letit_dist.config import TrainEnergyConfig, load_config, to_yaml
+
+    config = load_config(TrainEnergyConfig, args.config, args.overrides)
+
+    from letit_dist.autoencoders.base import load_autoencoder
+    from letit_dist.data.latents import LatentSet
+    from letit_dist.energy.baselines import MeanShift
+    from letit_dist.energy.models import build_energy
+    from letit_dist.evaluation.latents import all_latents, compare, measure_unit
+    from letit_dist.evaluation.tables import markdown
+    from letit_dist.pretrained import find_folder
+    from letit_dist.registry import RECIPES
+    from letit_dist.training.feeds import LatentFeed
+    from letit_dist.training.run import export, open_run
+    from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, plan_batch, seed_weights
+    from letit_dist.training.trainer import Trainer
+
+    plan = plan_batch(config.training, launched_ranks())
+    if args.check:
+        print(to_yaml(config), end="")
+        print(f"# batch: {plan}, and as many of the target")
+        print(f"# steps: {-(-config.training.images // plan.batch)}")
+        return 0
+
+    autoencoder = load_autoencoder(find_folder(config.autoencoder))
+    fingerprint = autoencoder.fingerprint()
+    source, target = (
+        LatentSet.open(f, autoencoder_fingerprint=fingerprint) for f in (config.data.source, config.data.target)
+    )
+    unit = measure_unit(autoencoder, source, target)
+    mean_shift = MeanShift.fit(all_latents(autoencoder, source), all_latents(autoencoder, target))
+    seed_weights(config.training.seed)
+    recipe = RECIPES.get(config.recipe.kind)(
+        config.recipe,
+        build_energy(config.energy, autoencoder.latent_shape, measured_unit=unit),
+        autoencoder,
+        mean_shift,
+        seed=config.training.seed,
+        precision=config.training.precision,
+    )
+    accelerator = create_accelerator(several_phases=len(recipe.phases) > 1)
+    main_decides(accelerator, lambda: open_run(args.run, config))
+    trainer = Trainer(
+        accelerator,
+        recipe,
+        LatentFeed(source, target, seed=config.training.seed),
+        run=args.run,
+        training=config.training,
+        intervals=config.intervals,
+    )
+    domains = [side.meta["domain"] for side in (source, target)]
+    trainer.say(f"{domains[0]} ({len(source)} latents) to {domains[1]} ({len(target)}); batch: {plan}")
+    code = trainer.train()
+    if code == 0:
+        export(trainer, autoencoder_fingerprint=fingerprint, source=domains[0], target=domains[1])
+        if trainer.is_main:
+            sides = (all_latents(autoencoder, side, most=512) for side in (source, target))
+            print(markdown(compare(trainer.trained.energy, trainer.trained.methods(), *sides, unit)))
+    accelerator.end_training()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

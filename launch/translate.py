@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Translate images from one domain to the other: encode, walk down the energy, decode.
+
+    python launch/translate.py photos/ --energy runs/fruit/apple2orange --out translated --sheet
+    python launch/translate.py apple.png --energy runs/fruit/apple2orange --out one --path --strength 0.7
+
+The input is an image, a folder of images, or a shard folder. Images are cropped to their centred square and
+resized to the autoencoder's resolution. One file comes out for each image, under its own name. With the
+energies of both directions, --to names the domain to go to:
+
+    python launch/translate.py x.png --energy runs/apple2orange runs/orange2apple --to apple --out y
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from letit_dist.errors import UserError, reports_errors
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, help="an image, a folder of images, or a shard folder")
+    parser.add_argument("--energy", required=True, nargs="+", help="run folders of train_energy.py, or their exports")
+    parser.add_argument("--autoencoder", help="its folder or run (default: the one that the energy's run names)")
+    parser.add_argument("--to", metavar="DOMAIN", help="which of several energies to use, by its target")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--steps", type=int, help="Langevin steps (default: as trained)")
+    parser.add_argument("--step-size", type=float, help="eta of eq. (6) (default: as trained)")
+    parser.add_argument("--strength", type=float, default=1.0, help="fraction of the chain to walk, 0 to 1")
+    parser.add_argument("--path", action="store_true", help="also write each trajectory as a strip and a GIF")
+    parser.add_argument("--sheet", action="store_true", help="also write sheets: source, reconstruction, translation")
+    parser.add_argument("--format", choices=("png", "jpg"), default="png")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--limit", type=int, help="translate only the first so many images")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, where the chain has any")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop past this unreadable share (0.05)")
+    return parser.parse_args(argv)
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.batch < 1 or (args.limit is not None and args.limit < 1):
+        raise UserError("--batch and --limit must be at least 1")
+    if args.out.resolve() in (args.input.resolve(), args.input.resolve().parent):
+        raise UserError(f"--out {args.out} is where the input lies: name another folder, or it would be overwritten")
+    import torch
+
+    from letit_dist.data.inputs import open_images
+    from letit_dist.energy.translate import choose_translator
+    from letit_dist.evaluation.translating import TranslateOptions, translate_all
+
+    translator = choose_translator(args.energy, args.autoencoder, args.to)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = open_images(args.input, translator.autoencoder.config.resolution, args.limit, args.max_bad_fraction)
+    options = TranslateOptions(
+        steps=args.steps,
+        step_size=args.step_size,
+        strength=args.strength,
+        path=args.path,
+        sheet=args.sheet,
+        format=args.format,
+        batch=args.batch,
+        seed=args.seed,
+    )
+    try:
+        for line in translate_all(translator.to(device), images, args.out, options):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted: what is finished is in {args.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What every autoencoder offers: images to latents and back, a fingerprint, and a folder to live in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import Field
+from torch import LongTensor, Tensor, nn
+
+from letit_dist import pretrained
+from letit_dist.config import StrictConfig, as_tree, parse_kind
+from letit_dist.errors import UserError
+from letit_dist.registry import AUTOENCODERS
+
+A = TypeVar("A", bound="Autoencoder")
+
+
+class AutoencoderConfig(StrictConfig):
+    """What every autoencoder's config has: the name of its kind, and the side of its square images."""
+
+    kind: str
+    resolution: int = Field(gt=0, description="side of the images in pixels")
+
+
+class Autoencoder(nn.Module):
+    """Base of the autoencoders; a subclass registers itself with `@AUTOENCODERS.register(kind)`.
+
+    A subclass sets `config_class`, `tiny` (the config that the tests of all kinds use: a small model that
+    runs in milliseconds) and, in its __init__, `latent_shape`.
+    """
+
+    config_class: ClassVar[type[AutoencoderConfig]]
+    tiny: ClassVar[AutoencoderConfig]
+    stores_codes: ClassVar[bool] = False  # whether `encode_codes` and `latents_from_codes` exist
+
+    config: AutoencoderConfig
+    latent_shape: tuple[int, ...]
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, *latent_shape)."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        noise: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Latents (B, *latent_shape) to images (B, 3, H, W), about in [-1, 1] and not clipped.
+
+        Decoders that inject noise take it as `noise`, or draw it from `generator`, or leave it out; the others
+        ignore both, so that callers need not ask which kind they hold.
+        """
+        raise NotImplementedError
+
+    def encode_codes(self, images: Tensor) -> dict[str, LongTensor]:
+        """Images (B, 3, H, W) to integer maps by name, each (B, ...); only where `stores_codes`."""
+        raise NotImplementedError(f"{type(self).__name__} has no codes")
+
+    def latents_from_codes(self, codes: dict[str, LongTensor]) -> Tensor:
+        """The latents (B, *latent_shape) that `encode` gives for the images of these codes."""
+        raise NotImplementedError(f"{type(self).__name__} has no codes")
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise UserError unless `images` is (B, 3, resolution, resolution)."""
+        side = self.config.resolution
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise UserError(
+                f"{self.config.kind}: expected images of shape (B, 3, {side}, {side}), got {tuple(images.shape)}"
+            )
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raise UserError unless `latents` is (B, *latent_shape)."""
+        if tuple(latents.shape[1:]) != self.latent_shape:
+            expected = ", ".join(map(str, self.latent_shape))
+            raise UserError(
+                f"{self.config.kind}: expected latents of shape (B, {expected}), got {tuple(latents.shape)}"
+            )
+
+    def fingerprint(self) -> str:
+        """16 hex digits that stand for the config and all weights, on any device and in any memory format.
+
+        Encoded datasets and energies keep it, so that they are never used with another autoencoder.
+        """
+        return pretrained.tensors_fingerprint(as_tree(self.config), self.state_dict())
+
+    def save_pretrained(self, folder: str | Path, **extra: Any) -> None:
+        """Write config.json and model.safetensors; `extra` (plain values) is kept in config.json."""
+        pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra)
+
+    @classmethod
+    def from_pretrained(cls: type[A], folder: str | Path) -> A:
+        """The model of a folder, frozen and in eval mode, on the CPU.
+
+        Raises UserError for a folder that is missing, damaged or changed, an unknown kind, another kind than
+        this class, and for keys that are missing, left over or of another shape (all listed).
+        """
+        tree, tensors = pretrained.read_folder(folder)
+        config = parse_kind(AUTOENCODERS, tree, str(Path(folder) / pretrained.CONFIG))
+        model = build_autoencoder(config)
+        if not isinstance(model, cls):
+            raise UserError(f"{folder}: holds a {type(model).__name__} ({config.kind}), not a {cls.__name__}")
+        pretrained.load_exactly(model, tensors, Path(folder) / pretrained.WEIGHTS)
+        return model.eval().requires_grad_(False)
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """A new model with random weights, of the class that `config.kind` names."""
+    return AUTOENCODERS.get(config.kind)(config)
+
+
+def load_autoencoder(folder: str | Path) -> Autoencoder:
+    """The autoencoder of a folder, of whatever kind; see `Autoencoder.from_pretrained`."""
+    return Autoencoder.from_pretrained(folder)

@@ -1,0 +1,152 @@
+"""Encoding a domain once: image shards in, latent shards out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from letit_dist import rng
+from letit_dist.data.index import INDEX_NAME, Index
+from letit_dist.data.latents import LatentWriter
+from letit_dist.data.progress import Progress
+from letit_dist.data.reader import ShardDataset, batches
+from letit_dist.data.transforms import to_images
+from letit_dist.errors import UserError
+
+
+class Encoder(Protocol):
+    """What encoding needs of an autoencoder."""
+
+    config: Any
+    stores_codes: bool
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def encode_codes(self, images: Tensor) -> dict[str, Tensor]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How a domain is encoded; all but `batch` and `workers` change the result and are kept in the index."""
+
+    flip: bool = False
+    crops: int = 0
+    seed: int = 0
+    dtype: str = "float32"
+    batch: int = 64
+    workers: int = 0
+
+    @property
+    def views(self) -> list[str]:
+        """Names of the views of an image; the plain one has no name."""
+        return ["", *(["flip"] if self.flip else []), *(f"crop{i}" for i in range(self.crops))]
+
+
+def random_crop(pixels: Tensor, seed: int, purpose: str, sample: int) -> Tensor:
+    """A crop of uint8 (3, H, W) at its own size: area 0.8 to 1.0, aspect ratio 0.9 to 1.1, mirrored with
+    probability 1/2, as the published code augments stage 2 (there anew in every step, here once)."""
+    area, ratio, x, y, mirror = torch.rand(5, generator=rng.generator(seed, purpose, sample)).tolist()
+    side = pixels.shape[-1]
+    scale = math.sqrt(0.8 + 0.2 * area)
+    aspect = math.sqrt(math.exp(math.log(0.9) + (math.log(1.1) - math.log(0.9)) * ratio))
+    width, height = (min(side, round(side * scale * a)) for a in (aspect, 1 / aspect))
+    left, top = round(x * (side - width)), round(y * (side - height))
+    crop = F.resized_crop(pixels, top, left, height, width, [side, side], antialias=True)
+    return crop.flip(-1) if mirror < 0.5 else crop
+
+
+def _view(pixels: Tensor, samples: Tensor, name: str, seed: int) -> Tensor:
+    if name == "":
+        return pixels
+    if name == "flip":
+        return pixels.flip(-1)
+    return torch.stack([random_crop(p, seed, name, int(s)) for p, s in zip(pixels, samples, strict=True)])
+
+
+def _codebook_size(autoencoder: Encoder) -> int | None:
+    return autoencoder.config.codes if autoencoder.stores_codes else None
+
+
+@torch.no_grad()
+def encode_domain(
+    autoencoder: Encoder,
+    dataset: ShardDataset,
+    out: Path,
+    options: EncodeOptions,
+    *,
+    domain: str | None = None,
+    device: torch.device | str = "cpu",
+) -> str:
+    """Write the latents (or codes) of every image and view to `out`; returns one line that says what was done.
+
+    Finished folders are recognised, interrupted ones continued. Raises UserError if `out` holds something
+    else, or if the images are of another size than the autoencoder's.
+    """
+    size = dataset.image_size()
+    side = autoencoder.config.resolution
+    if size != (side, side):
+        raise UserError(
+            f"{dataset.indexes[0].folder} holds images of {size[1]}x{size[0]}, the autoencoder takes {side}x{side}: "
+            f"pack them with shards/pack.py --resolution {side}"
+        )
+    origin = dataset.indexes[0].meta
+    meta = {
+        "domain": domain or origin.get("domain") or dataset.indexes[0].folder.name,
+        "split": origin.get("split"),
+        "resolution": side,
+        "views": options.views,
+        "crop_seed": options.seed if options.crops else None,
+        "images": len(dataset),
+    }
+    fingerprint = autoencoder.fingerprint()
+    kind = "codes" if autoencoder.stores_codes else "latents"
+    if (out / INDEX_NAME).exists():
+        return _already(Index.read(out), meta, kind, fingerprint)
+    writer = LatentWriter(
+        out,
+        kind=kind,
+        autoencoder_fingerprint=fingerprint,
+        meta=meta,
+        dtype=options.dtype,
+        codebook_size=_codebook_size(autoencoder),
+    )
+    views = options.views
+    with writer, Progress(f"encoding {meta['domain']}", len(dataset), done=writer.resume_at // len(views)) as progress:
+        begun = writer.resume_at
+        for pixels, samples in batches(dataset, options.batch, workers=options.workers):
+            if (int(samples[-1]) + 1) * len(views) <= begun:
+                continue
+            encoded = {name: _encode(autoencoder, _view(pixels, samples, name, options.seed), device) for name in views}
+            for row, sample in enumerate(samples.tolist()):
+                for v, name in enumerate(views):
+                    if sample * len(views) + v >= begun:
+                        fields = {field: values[row] for field, values in encoded[name].items()}
+                        writer.write(dataset.key(sample), fields, json_data=dataset.json(sample), view=name)
+            progress.step(len(samples))
+    return f"{out}: {len(dataset)} images of {meta['domain']} x {len(views)} views as {kind}, autoencoder {fingerprint}"
+
+
+def _encode(autoencoder: Encoder, pixels: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+    images = to_images(pixels.to(device))
+    if autoencoder.stores_codes:
+        return {name: codes.cpu() for name, codes in autoencoder.encode_codes(images).items()}
+    return {"latent": autoencoder.encode(images).cpu()}
+
+
+def _already(index: Index, meta: dict, kind: str, fingerprint: str) -> str:
+    found = {name: index.meta.get(name) for name in meta}
+    if index.kind == kind and found == meta and index.meta.get("autoencoder_fingerprint") == fingerprint:
+        return f"{index.folder}: already encoded by autoencoder {fingerprint}"
+    was = f"{index.kind} of {index.meta.get('domain')!r} by autoencoder {index.meta.get('autoencoder_fingerprint')}"
+    raise UserError(
+        f"{index.folder} already holds {was} (views: {', '.join(index.meta.get('views') or ['?']) or 'plain'}), "
+        f"not what was asked for: choose another folder with --out, or remove it"
+    )

@@ -1,0 +1,236 @@
+"""Packing a source of images into shards: decode, crop, resize, encode, write; continue where it stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from letit_dist.config import differences
+from letit_dist.data.index import INDEX_NAME, Index, write_atomically
+from letit_dist.data.progress import Progress
+from letit_dist.data.reader import loader
+from letit_dist.data.sources import Part, Source
+from letit_dist.data.transforms import (
+    FILTERS,
+    FORMATS,
+    UnreadableImage,
+    decode,
+    default_quality,
+    encode,
+    resize_crop,
+)
+from letit_dist.data.writer import ShardWriter
+from letit_dist.errors import UserError
+
+UNREADABLE_NAME = "unreadable.txt"
+EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    resolution: int | None = None  # None: as they are, all of one size
+    format: str = "png"
+    quality: int | None = None  # JPEG: by size; WebP: None is lossless
+    filter: str = "box"
+    shard_bytes: int = 1 << 30
+    max_bad_fraction: float = 0.05
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.resolution is not None and self.resolution < 1:
+            problems.append(f"resolution {self.resolution}: a positive number of pixels is needed")
+        if self.format not in FORMATS:
+            problems.append(f"format {self.format!r}: choose one of {', '.join(FORMATS)}")
+        if self.filter not in FILTERS:
+            problems.append(f"filter {self.filter!r}: choose one of {', '.join(FILTERS)}")
+        if self.quality is not None and self.format == "png":
+            problems.append("a quality has no effect on png: leave it out, or choose --format jpeg or webp")
+        elif self.quality is not None and not 1 <= self.quality <= 100:
+            problems.append(f"quality {self.quality}: 1 to 100")
+        if not 0 <= self.max_bad_fraction <= 1:
+            problems.append(f"max-bad-fraction {self.max_bad_fraction}: 0 to 1")
+        if self.shard_bytes < 1:
+            problems.append(f"shard size {self.shard_bytes} bytes: a positive size is needed")
+        if self.workers < 0:
+            problems.append(f"workers {self.workers}: 0 or more")
+        if problems:
+            raise UserError("\n".join(problems))
+
+
+@dataclass
+class PackResult:
+    folder: Path
+    samples: int
+    unreadable: int
+    already_done: bool = False
+    resumed_at: int = 0
+    seconds: float = 0.0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """What happened, for people."""
+        if self.already_done:
+            return [f"{self.folder}: already packed with these settings ({self.samples} samples), nothing to do"]
+        packed = f"{self.folder}: {self.samples} samples in {self.seconds:.1f} s"
+        packed += f", continued after {self.resumed_at} of the source" if self.resumed_at else ""
+        lines = [packed]
+        if self.unreadable:
+            lines.append(f"  {self.unreadable} left out, see {self.folder / UNREADABLE_NAME}")
+        return lines + [f"  {count} x {note}" for note, count in sorted(self.notes.items())]
+
+
+@dataclass
+class _Prepared:
+    number: int
+    key: str
+    files: dict[str, bytes]
+    size: tuple[int, int]
+    notes: list[str]
+
+
+@dataclass
+class _Unreadable:
+    number: int
+    key: str
+    reason: str
+
+
+class _Prepare:
+    """For the loader: source number -> encoded sample."""
+
+    def __init__(self, source: Source, options: PackOptions):
+        self.source, self.options = source, options
+
+    def __getitem__(self, number: int) -> _Prepared | _Unreadable:
+        options, notes = self.options, []
+        try:
+            item = self.source.item(number)
+            if isinstance(item.content, bytes):
+                pixels = decode(item.content, notes)
+            else:
+                pixels = torch.from_numpy(item.content).permute(2, 0, 1)
+        except UnreadableImage as error:
+            return _Unreadable(number, self.source.name(number), str(error))
+        except OSError as error:
+            return _Unreadable(number, self.source.name(number), f"cannot be read: {error.strerror or error}")
+        if options.resolution is not None:
+            if min(pixels.shape[1:]) < options.resolution:
+                notes.append(f"smaller than {options.resolution}, enlarged")
+            pixels = resize_crop(pixels, options.resolution, options.filter)
+        metadata = {**item.metadata, **({"notes": notes} if notes else {})}
+        files = {
+            EXTENSIONS[options.format]: encode(pixels, options.format, options.quality),
+            "json": json.dumps(metadata, sort_keys=True).encode(),
+        }
+        return _Prepared(number, item.key, files, tuple(pixels.shape[1:]), notes)
+
+
+def _settings(part: Part, options: PackOptions) -> dict[str, Any]:
+    quality = options.quality
+    if options.format == "jpeg" and quality is None and options.resolution is not None:
+        quality = default_quality(options.resolution)
+    return {
+        "domain": part.domain,
+        "split": part.split,
+        "resolution": options.resolution,
+        "filter": options.filter if options.resolution is not None else None,
+        "format": options.format,
+        "quality": quality,
+        "shard_bytes": options.shard_bytes,
+        **part.source.settings(),
+    }
+
+
+def pack(part: Part, out: str | Path, options: PackOptions) -> PackResult:
+    """Pack one part into out/part.subfolder, or continue, or find it done.
+
+    Raises UserError when the folder holds something else, when sizes differ and no resolution was asked for,
+    and when more than max_bad_fraction of the source is unreadable (whole shards stay, for another attempt).
+    """
+    folder = Path(out) / part.subfolder
+    settings = _settings(part, options)
+    if (folder / INDEX_NAME).exists():
+        return _already(folder, settings)
+    begun = time.monotonic()
+    meta = {key: settings[key] for key in ("source", "domain", "split", "filter") if settings[key] is not None}
+    meta["pack"] = settings
+    source, notes = part.source, Counter()
+    allowed = int(options.max_bad_fraction * len(source))
+    size: tuple[int, int] | None = None
+    if options.resolution is not None:
+        size = (options.resolution, options.resolution)
+    with ShardWriter(folder, meta=meta, settings=settings, shard_bytes=options.shard_bytes) as writer:
+        start = writer.resume_at
+        if start and size is None:
+            size = _first_size(writer)
+        label = part.subfolder or folder.name
+        prepared = loader(_Prepare(source, options), range(start, len(source)), options.workers)
+        with Progress(label, len(source), done=start) as progress:
+            for item in prepared:
+                if isinstance(item, _Unreadable):
+                    writer.skip(item.key, item.reason, position=item.number)
+                    _stop_past(allowed, writer, source, options)
+                else:
+                    size = size or item.size
+                    if item.size != size:
+                        raise UserError(_sizes_differ(source.name(item.number), item.size, size))
+                    writer.write(item.key, item.files, position=item.number)
+                    notes.update(item.notes)
+                progress.step()
+        unreadable = writer.all_skipped()
+        _list_unreadable(folder, unreadable)
+        if unreadable:
+            writer.meta["unreadable"] = len(unreadable)
+        if size and size[0] == size[1]:
+            writer.meta["resolution"] = size[0]
+        if writer.renamed:
+            notes["key taken by another file after dots were replaced, given a number"] = writer.renamed
+    samples = len(source) - len(unreadable)
+    return PackResult(folder, samples, len(unreadable), False, start, time.monotonic() - begun, notes)
+
+
+def _already(folder: Path, settings: dict[str, Any]) -> PackResult:
+    index = Index.read(folder)
+    found = index.meta.get("pack")
+    if found is None:
+        raise UserError(f"{folder} holds shards that another program made: choose another folder")
+    if changed := differences(found, settings):
+        raise UserError("\n".join([f"{folder} is already packed with other settings: choose another folder", *changed]))
+    return PackResult(folder, len(index), index.meta.get("unreadable", 0), already_done=True)
+
+
+def _first_size(writer: ShardWriter) -> tuple[int, int]:
+    """Size of the first image of a continued pack, from its first shard."""
+    _, files = writer.first_sample()
+    name = next(name for name in files if name != "json")
+    return tuple(decode(files[name]).shape[1:])
+
+
+def _sizes_differ(name: str, found: tuple[int, int], expected: tuple[int, int]) -> str:
+    (height, width), (h, w) = found, expected
+    return f"{name} is {width}x{height}, the images before it are {w}x{h}: give --resolution"
+
+
+def _stop_past(allowed: int, writer: ShardWriter, source: Source, options: PackOptions) -> None:
+    unreadable = writer.all_skipped()
+    if len(unreadable) <= allowed:
+        return
+    _list_unreadable(writer.folder, unreadable)
+    raise UserError(
+        f"{len(unreadable)} images are unreadable, more than --max-bad-fraction {options.max_bad_fraction:g} of "
+        f"{len(source)} allows; the first: {unreadable[0][0]} ({unreadable[0][1]}); all are in "
+        f"{writer.folder / UNREADABLE_NAME}; finished shards are kept, run again with a higher share to continue"
+    )
+
+
+def _list_unreadable(folder: Path, unreadable: list[tuple[str, str]]) -> None:
+    if unreadable:
+        text = "".join(f"{name}\t{reason}\n" for name, reason in unreadable)
+        write_atomically(folder / UNREADABLE_NAME, text.encode("utf-8", "surrogateescape"))

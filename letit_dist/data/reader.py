@@ -1,0 +1,349 @@
+"""Reading indexed shards: a map over samples, the endless training stream, and one pass in order."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import signal
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from letit_dist import rng
+from letit_dist.data import transforms
+from letit_dist.data.index import Index
+from letit_dist.data.order import rank_positions, sample_at
+from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage
+from letit_dist.errors import UserError
+
+OPEN_FILES = 256  # a process: well below the usual limit of 1024, several streams included
+REPLACEMENTS = 32
+
+
+class ShardDataset:
+    """The samples of one or more shard folders, one folder after another. Safe to fork and to pickle."""
+
+    def __init__(self, paths: Sequence[str | Path]):
+        if isinstance(paths, (str, Path)):
+            paths = [paths]
+        if not paths:
+            raise UserError("no shard folder was given")
+        self.indexes = [Index.read(path) for path in paths]
+        self._ends = np.cumsum([len(index) for index in self.indexes]).tolist()
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        sizes = {index.meta["resolution"]: index.folder for index in self.indexes if "resolution" in index.meta}
+        if len(sizes) > 1:
+            found = ", ".join(f"{folder} has {size}" for size, folder in sizes.items())
+            raise UserError(f"shards of different resolution in one data set: {found}: pack them at one --resolution")
+        self.resolution: int | None = next(iter(sizes), None)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_open", {}).values():
+            os.close(handle)
+
+    def _locate(self, sample: int) -> tuple[Index, int]:
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        at = bisect.bisect_right(self._ends, sample)
+        return self.indexes[at], sample - (self._ends[at - 1] if at else 0)
+
+    def key(self, sample: int) -> str:
+        index, local = self._locate(sample)
+        return index.key(local)
+
+    def place(self, sample: int) -> str:
+        """`folder/shard.tar: key`, for messages."""
+        index, local = self._locate(sample)
+        return f"{index.path_of(local)}: {index.key(local)}"
+
+    def read(self, sample: int, extensions: Sequence[str] | None = None) -> dict[str, bytes]:
+        """Extension -> bytes, all of them or those asked for; raises UserError when the shard is not whole."""
+        index, local = self._locate(sample)
+        path = index.path_of(local)
+        files = index.files(local)
+        wanted = files if extensions is None else extensions
+        return {name: self._pread(path, *files[name]) for name in wanted}
+
+    def _pread(self, path: Path, offset: int, size: int) -> bytes:
+        try:
+            handle = self._open.get(path)
+            if handle is None:
+                if len(self._open) >= OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1])
+                handle = self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._open.move_to_end(path)
+            # Positioned reads: a handle inherited by a forked worker shares nothing that matters.
+            data = os.pread(handle, size, offset)
+            while 0 < len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise UserError(f"{path}: cannot read {size} bytes at offset {offset}: {error.strerror}") from None
+        if len(data) != size:
+            raise UserError(
+                f"{path}: expected {size} bytes at offset {offset}, got {len(data)}: "
+                "the shard was truncated or replaced while in use; restore it and run again"
+            )
+        return data
+
+    def json(self, sample: int) -> dict[str, Any]:
+        """The sample's `json` file, or {} if it has none."""
+        index, local = self._locate(sample)
+        if "json" not in index.files(local):
+            return {}
+        try:
+            return json.loads(self.read(sample, ["json"])["json"])
+        except ValueError as error:
+            raise UserError(f"{self.place(sample)}.json is not JSON: {error}") from None
+
+    def pixels(self, sample: int) -> Tensor:
+        """The sample's image, uint8 (3, H, W); raises UnreadableImage, and UserError where it has not one image."""
+        index, local = self._locate(sample)
+        names = [name for name in index.files(local) if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        if len(names) != 1:
+            found = ", ".join(index.files(local))
+            raise UserError(f"{self.place(sample)}: one image a sample was expected, its files are: {found}")
+        return transforms.decode(self.read(sample, names)[names[0]], trusted="pack" in index.meta)
+
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of every image: the stated resolution, or else the first readable image's size."""
+        if self.resolution is not None:
+            return self.resolution, self.resolution
+        for sample in range(min(len(self), REPLACEMENTS)):
+            try:
+                return tuple(self.pixels(sample).shape[1:])
+            except UnreadableImage as error:
+                reason = error
+        raise UserError(f"{self.place(0)} and the samples after it cannot be decoded: {reason}")
+
+
+@dataclass
+class ImageBatch:
+    """One rank's share of a global batch."""
+
+    pixels: Tensor  # uint8 (B, 3, H, W)
+    positions: Tensor  # int64 (B,): global stream positions, the index of all randomness of these samples
+    bad: list[tuple[str, str]]  # (key, reason) of samples that were replaced
+
+    def pin_memory(self) -> ImageBatch:
+        return ImageBatch(self.pixels.pin_memory(), self.positions, self.bad)
+
+
+@dataclass
+class Failure:
+    """A UserError on its way out of a loader process, which would bury it in a traceback."""
+
+    message: str
+
+
+class BadSamples:
+    """Counts replaced samples against a stated share."""
+
+    def __init__(self, max_fraction: float):
+        self.max_fraction = max_fraction
+        self.count = self.seen = 0
+        self.first: list[str] = []
+
+    def add(self, count: int, seen: int, names: Sequence[tuple[str, str]] = ()) -> None:
+        """`count` more bad ones among `seen` more samples (over all ranks); raises UserError past the share.
+
+        The share is taken of 1000 samples at least: one bad image in the first batch proves nothing.
+        """
+        self.count += count
+        self.seen += seen
+        self.first += [f"{key} ({reason})" for key, reason in names][: 5 - len(self.first)]
+        if self.count > self.max_fraction * max(self.seen, 1000):
+            raise UserError(
+                f"{self.count} of {self.seen} samples could not be read, more than data.max_bad_fraction = "
+                f"{self.max_fraction:g} allows; the first: {', '.join(self.first) or 'on another rank'}"
+            )
+
+
+def augment(pixels: Tensor, positions: Tensor, seed: int, flip: bool, grayscale: float) -> Tensor:
+    """Flip half of the samples and turn a share grey, by (seed, purpose, position)."""
+    if flip:
+        pixels = transforms.flip(pixels, rng.uniform(seed, "flip", positions) < 0.5)
+    if grayscale:
+        pixels = transforms.grayscale(pixels, rng.uniform(seed, "grayscale", positions) < grayscale)
+    return pixels
+
+
+class _Batches:
+    """For the loader: stream positions -> ImageBatch."""
+
+    def __init__(self, dataset: ShardDataset, seed: int, flip: bool, grayscale: float):
+        self.dataset, self.seed, self.flip, self.grayscale = dataset, seed, flip, grayscale
+        self.size = dataset.image_size()
+
+    def __getitem__(self, positions: np.ndarray) -> ImageBatch | Failure:
+        try:
+            bad: list[tuple[str, str]] = []
+            samples = sample_at(positions, self.seed, len(self.dataset)).tolist()
+            pixels = [self._pixels(sample, int(p), bad) for sample, p in zip(samples, positions, strict=True)]
+            where = torch.from_numpy(positions)
+            return ImageBatch(augment(torch.stack(pixels), where, self.seed, self.flip, self.grayscale), where, bad)
+        except UserError as error:
+            return Failure(str(error))
+
+    def _pixels(self, sample: int, position: int, bad: list[tuple[str, str]]) -> Tensor:
+        # A bad sample is replaced, not left out: lengths must not differ between ranks.
+        for attempt in range(REPLACEMENTS):
+            try:
+                pixels = self.dataset.pixels(sample)
+            except UnreadableImage as error:
+                bad.append((self.dataset.key(sample), str(error)))
+                sample = rng.seed_for(self.seed, f"replacement {attempt}", position) % len(self.dataset)
+                continue
+            _check_size(self.dataset, sample, pixels, self.size)
+            return pixels
+        raise UserError(
+            f"{REPLACEMENTS} samples in a row cannot be decoded, the last: {self.dataset.place(sample)} ({bad[-1][1]})"
+        )
+
+
+def _check_size(dataset: ShardDataset, sample: int, pixels: Tensor, size: tuple[int, int]) -> None:
+    if tuple(pixels.shape[1:]) != size:
+        found, expected = (f"{w}x{h}" for h, w in (pixels.shape[1:], size))
+        raise UserError(
+            f"{dataset.place(sample)}: the image is {found}, the others are {expected}: pack with one --resolution"
+        )
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _quiet(_: int) -> None:
+    """Ctrl-C is for the main process to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def unwrap(items: Iterator[Any]) -> Iterator[Any]:
+    """Pass items on, raising a `Failure` as the UserError it was."""
+    for item in items:
+        if isinstance(item, Failure):
+            raise UserError(item.message)
+        yield item
+
+
+def loader(dataset: Any, sampler: Any, workers: int, *, pin: bool = False) -> DataLoader:
+    """A loader whose items are whole batches already."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_same,
+        pin_memory=pin and torch.cuda.is_available(),
+        worker_init_fn=_quiet,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+class _Positions:
+    """Endless: one rank's stream positions, batch after batch."""
+
+    def __init__(self, start: int, batch: int, rank: int, world: int):
+        self.start, self.batch, self.rank, self.world = start, batch, rank, world
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for images_seen in count(self.start, self.batch):
+            yield rank_positions(images_seen, self.batch, self.rank, self.world)
+
+
+class ImageStream:
+    """Endless iterator over one rank's ImageBatches, from images_seen = `start` on.
+
+    The pixels at a stream position depend on (shards, seed, position) alone: any number of ranks and workers
+    gives the same global batches. A resumed run passes its images_seen as `start`.
+
+    `bad` counts against `max_bad_fraction`; the trainer feeds it with sums over all ranks, because a rank that
+    stopped by itself would leave the others waiting.
+    """
+
+    notice: str | None = None
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        seed: int,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        flip: bool = False,
+        grayscale: float = 0.0,
+        max_bad_fraction: float = 0.01,
+        start: int = 0,
+    ):
+        rank_positions(start, batch, rank, world)
+        self.bad = BadSamples(max_bad_fraction)
+        batches = _Batches(dataset, seed, flip, grayscale)
+        self.size = batches.size
+        self._loader = loader(batches, _Positions(start, batch, rank, world), workers, pin=True)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        return unwrap(iter(self._loader))
+
+
+class _InOrder:
+    def __init__(self, dataset: ShardDataset):
+        self.dataset, self.size = dataset, dataset.image_size()
+
+    def __getitem__(self, samples: np.ndarray) -> tuple[Tensor, Tensor] | Failure:
+        try:
+            pixels = []
+            for sample in samples.tolist():
+                try:
+                    pixels.append(self.dataset.pixels(sample))
+                except UnreadableImage as error:
+                    raise UserError(f"{self.dataset.place(sample)}: {error}") from None
+                _check_size(self.dataset, sample, pixels[-1], self.size)
+            return torch.stack(pixels), torch.from_numpy(samples)
+        except UserError as error:
+            return Failure(str(error))
+
+
+def batches(
+    dataset: ShardDataset, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Once through, in order: (pixels (B, 3, H, W), sample indices (B,)) of this rank's contiguous share.
+
+    Nothing is replaced here: an image that cannot be decoded is a UserError, since it would be missing from a score.
+    """
+    samples = np.arange(rank * len(dataset) // world, (rank + 1) * len(dataset) // world, dtype=np.int64)
+    if not len(samples):
+        return iter(())
+    cuts = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
+    return unwrap(iter(loader(_InOrder(dataset), cuts, workers)))
+
+
+def open_stream(paths: Sequence[str | Path], **options: Any) -> Any:
+    """ImageStream over indexed folders, ForeignStream over tars without an index; the same options and batches."""
+    from letit_dist.data.foreign import ForeignStream, is_foreign
+
+    foreign = [path for path in paths if is_foreign(path)]
+    if not foreign:
+        return ImageStream(ShardDataset(paths), **options)
+    if len(foreign) < len(paths):
+        other = next(path for path in paths if path not in foreign)
+        raise UserError(
+            f"{foreign[0]} has no index.json and {other} has one: they cannot be mixed in one stream "
+            "(python shards/check.py FOLDER --write-index indexes local tars)"
+        )
+    return ForeignStream(paths, **options)

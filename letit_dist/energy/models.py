@@ -1,0 +1,294 @@
+"""Energies of latents: a small MLP for any latents, a residual convolutional network for maps.
+
+E(z) is low on the target domain, so that p(z) = exp(-E(z)) / Z (eq. 5), everywhere in this package. The
+published code trains f = -E; `interchange.energy` flips the last layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from letit_dist import pretrained
+from letit_dist.config import StrictConfig, as_tree, parse_kind
+from letit_dist.errors import UserError
+from letit_dist.registry import ENERGIES
+
+Weights = tuple[Tensor, Tensor]  # of one layer: weight, bias
+M = TypeVar("M", bound="EnergyModel")
+
+
+class EnergyConfig(StrictConfig):
+    """Base of every energy's schema."""
+
+    kind: str
+    latent_shape: tuple[PositiveInt, ...] | None = Field(
+        None, description="shape of one sample's latents; null = the autoencoder's, filled in by the program"
+    )
+    latent_unit: PositiveFloat | Literal["auto"] = Field(
+        1.0,
+        description="the energy sees latents / latent_unit and its chains step in that unit; 1 = as published; "
+        "auto = the latents' standard deviation, measured by the program, so that one setting of the chain suits "
+        "autoencoders whose latents differ in scale",
+    )
+
+
+class EnergyModel(nn.Module):
+    """Base of every energy: latents (B, *L) -> energies (B,), low on the target domain."""
+
+    config_class: ClassVar[type[EnergyConfig]]
+    tiny: ClassVar[EnergyConfig]  # the smallest useful config: parametrised tests pick it up
+
+    def __init__(self, config: EnergyConfig):
+        super().__init__()
+        if config.latent_shape is None:
+            raise UserError(f"energy of kind {config.kind!r}: latent_shape is not known yet, use build_energy")
+        if config.latent_unit == "auto":
+            raise UserError(f"energy of kind {config.kind!r}: latent_unit is not measured yet, use build_energy")
+        self.config = config
+        self.extra: dict[str, Any] = {}  # what the folder that this was read from holds beside the weights
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.config.latent_shape
+
+    @property
+    def unit(self) -> float:
+        """What latents are divided by before the energy sees them; samplers step in this unit."""
+        return self.config.latent_unit
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, *L) -> (B,)"""
+        raise NotImplementedError
+
+    def folded(self) -> Callable[[Tensor], Tensor]:
+        """The same function with all that depends on the weights alone computed once.
+
+        For loops in which the weights do not change, such as a Langevin chain: a later change of the weights
+        does not reach the returned function.
+        """
+        return self
+
+    def fingerprint(self) -> str:
+        """16 hex digits that identify config and weights."""
+        return pretrained.tensors_fingerprint(as_tree(self.config), self.state_dict())
+
+    def save_pretrained(self, folder: str | Path, **extra: Any) -> str:
+        """Write config.json and model.safetensors, `extra` beside the config; returns the fingerprint."""
+        return pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra)
+
+    @classmethod
+    def from_pretrained(cls: type[M], folder: str | Path) -> M:
+        """The energy of a folder, frozen and in eval mode, on the CPU; `extra` holds what was kept beside it.
+
+        Raises UserError for a folder that is missing, damaged or changed, an unknown kind, another kind than
+        this class, and for keys that are missing, left over or of another shape (all listed).
+        """
+        tree, tensors = pretrained.read_folder(folder)
+        config = parse_kind(ENERGIES, tree, str(Path(folder) / pretrained.CONFIG))
+        model = ENERGIES.get(config.kind)(config)
+        if not isinstance(model, cls):
+            raise UserError(f"{folder}: holds a {type(model).__name__} ({config.kind}), not a {cls.__name__}")
+        pretrained.load_exactly(model, tensors, Path(folder) / pretrained.WEIGHTS)
+        model.extra = pretrained.read_extra(folder)
+        return model.eval().requires_grad_(False)
+
+
+def build_energy(
+    config: EnergyConfig, latent_shape: tuple[int, ...], *, measured_unit: float | None = None
+) -> EnergyModel:
+    """A new energy for latents (B, *latent_shape), initialised from torch's default generator.
+
+    `measured_unit` fills in `latent_unit: auto`. Raises UserError if the config names another latent shape, or
+    if its kind cannot see this one.
+    """
+    latent_shape = tuple(latent_shape)
+    if config.latent_shape not in (None, latent_shape):
+        raise UserError(
+            f"energy.latent_shape is {config.latent_shape}, but the autoencoder's latents are {latent_shape}"
+        )
+    known: dict[str, Any] = {"latent_shape": latent_shape}
+    if config.latent_unit == "auto" and measured_unit is not None:
+        known["latent_unit"] = measured_unit
+    return ENERGIES.get(config.kind)(config.model_copy(update=known))
+
+
+def load_energy(folder: str | Path) -> EnergyModel:
+    """The energy of a folder, of whatever kind; see `EnergyModel.from_pretrained`."""
+    return EnergyModel.from_pretrained(folder)
+
+
+class MLPEnergyConfig(EnergyConfig):
+    """Paper, section 5: 512-2048-1 with LeakyReLU on ALAE latents."""
+
+    kind: Literal["mlp"] = "mlp"
+    layers: Literal[0, 1, 2] = Field(
+        1, description="hidden layers; 0 = linear, whose Langevin chain adds the same vector to every sample"
+    )
+    hidden: PositiveInt = Field(2048, description="width of the hidden layers (no effect with layers 0)")
+    activation: Literal["leaky_relu", "gelu"] = Field("leaky_relu", description="leaky_relu has slope 0.2")
+
+
+@ENERGIES.register("mlp")
+class MLPEnergy(EnergyModel):
+    """Linear layers on flattened latents of any shape: L-1, L-h-1 or L-h-h-1."""
+
+    config_class = MLPEnergyConfig
+    tiny = MLPEnergyConfig(latent_shape=(16,), hidden=24)
+
+    def __init__(self, config: MLPEnergyConfig):
+        super().__init__(config)
+        widths = [math.prod(self.latent_shape), *[config.hidden] * config.layers, 1]
+        self.layers = nn.Sequential()
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
+            if i > 0:
+                self.layers.append(nn.GELU() if config.activation == "gelu" else nn.LeakyReLU(0.2))
+            self.layers.append(nn.Linear(inputs, outputs))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.layers(latents.flatten(1) / self.unit).squeeze(1)  # (B, 1) -> (B,)
+
+
+class ConvEnergyConfig(EnergyConfig):
+    """The energy of the published code for VQ-VAE-2 latents."""
+
+    kind: Literal["conv"] = "conv"
+    multiplier: PositiveInt = Field(
+        1, description="m: 32 m channels above 8 pixels, 64 m at 8 and 4; at most 512 below 64 pixels"
+    )
+    attention: bool = Field(False, description="self-attention after the block from 16 to 8 pixels")
+
+
+def swish(x: Tensor) -> Tensor:
+    """x * sigmoid(x) / 1.1: the published code's, whose slope is at most 1."""
+    return F.silu(x) / 1.1
+
+
+class EqualConv2d(nn.Module):
+    """Equalised convolution: stored weights are N(0, 1), those that convolve are times sqrt(2 / fan_in).
+
+    All layers then move at one rate under one optimiser setting, whatever their width.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.scale = math.sqrt(2 / (inputs * kernel**2))
+
+    def effective(self) -> Weights:
+        return (self.weight * self.scale).contiguous(memory_format=torch.channels_last), self.bias
+
+    def effective_pooled(self) -> Weights:
+        """One convolution of stride 2 that equals this one followed by 2x2 average pooling.
+
+        The average over four shifts of a k x k kernel is a (k+1) x (k+1) kernel: 16 products for each of a
+        quarter of the pixels in place of 9 for each pixel.
+        """
+        weight = self.weight * (self.scale / 4)
+        weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
+        weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
+        return weight.contiguous(memory_format=torch.channels_last), self.bias
+
+
+class Block(nn.Module):
+    """Residual block that halves the side: (B, C, S, S) -> (B, C', S/2, S/2)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = EqualConv2d(inputs, outputs, 3)
+        self.conv2 = EqualConv2d(outputs, outputs, 3)
+        self.skip = EqualConv2d(inputs, outputs, 1)
+
+    def effective(self) -> tuple[Weights, ...]:
+        return self.conv1.effective(), self.conv2.effective_pooled(), self.skip.effective()
+
+    @staticmethod
+    def run(x: Tensor, conv1: Weights, conv2: Weights, skip: Weights) -> Tensor:
+        y = swish(F.conv2d(x, *conv1, padding=1))
+        y = swish(F.conv2d(y, *conv2, stride=2, padding=1))
+        # A 1x1 convolution and pooling commute; pooling first leaves a quarter of the products.
+        return (y + F.conv2d(F.avg_pool2d(x, 2), *skip)) / math.sqrt(2)
+
+
+class SelfAttention(nn.Module):
+    """Dot-product attention among pixels, unscaled, added with a weight that starts at 0: (B, C, S, S) -> same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.query = nn.Conv2d(channels, channels // 8, 1)
+        self.key = nn.Conv2d(channels, channels // 8, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # (B, C, S, S) -> (B, 1, S*S, C): one head
+        q, k, v = (f(x).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.query, self.key, self.value))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return x + self.gamma * attended.squeeze(1).transpose(1, 2).reshape(x.shape)
+
+
+@ENERGIES.register("conv")
+class ConvEnergy(EnergyModel):
+    """Residual convolutional energy of latents (B, C, S, S), S a power of two, at least 8.
+
+    1x1 convolution, blocks down to 4 pixels, 3x3 and 4x4 convolutions without a skip, one linear unit; swish
+    throughout; equalised weights. Runs in channels_last, which is a quarter faster on a CPU.
+    """
+
+    config_class = ConvEnergyConfig
+    tiny = ConvEnergyConfig(latent_shape=(4, 8, 8))
+
+    def __init__(self, config: ConvEnergyConfig):
+        super().__init__(config)
+        shape = self.latent_shape
+        size = shape[-1]
+        if len(shape) != 3 or shape[1] != size or size < 8 or size & (size - 1):
+            raise UserError(
+                "energy of kind 'conv' needs latents (C, S, S) with S a power of two, at least 8; "
+                f"the latents are {shape}: use kind 'mlp'"
+            )
+        if config.attention and size < 16:
+            raise UserError(f"energy.attention acts between 16 and 8 pixels and has no effect on latents {shape}")
+        sizes = [size >> i for i in range(size.bit_length() - 2)]  # size, ..., 8, 4
+        widths = [self._channels(s) for s in sizes]
+        self.stem = EqualConv2d(shape[0], widths[0], 1)
+        self.blocks = nn.ModuleList(Block(a, b) for a, b in pairwise(widths))
+        self.attention = SelfAttention(widths[-2]) if config.attention else None
+        self.conv1 = EqualConv2d(widths[-1], widths[-1], 3)
+        self.conv2 = EqualConv2d(widths[-1], widths[-1], 4)
+        self.linear = EqualConv2d(widths[-1], 1, 1)
+
+    def _channels(self, size: int) -> int:
+        channels = self.config.multiplier * (32 if size >= 16 else 64)
+        return channels if size >= 64 else min(channels, 512)
+
+    def _effective(self) -> tuple[Weights, list[tuple[Weights, ...]], tuple[Weights, ...]]:
+        head = (self.conv1.effective(), self.conv2.effective(), self.linear.effective())
+        return self.stem.effective(), [block.effective() for block in self.blocks], head
+
+    def _run(self, latents: Tensor, effective: tuple) -> Tensor:
+        stem, blocks, (conv1, conv2, linear) = effective
+        x = F.conv2d((latents / self.unit).contiguous(memory_format=torch.channels_last), *stem)
+        for i, block in enumerate(blocks):
+            x = Block.run(x, *block)
+            if self.attention is not None and i == len(blocks) - 2:
+                x = self.attention(x)  # at 8 pixels
+        x = swish(F.conv2d(x, *conv1, padding=1))
+        x = swish(F.conv2d(x, *conv2))  # (B, C, 4, 4) -> (B, C, 1, 1)
+        return F.conv2d(x, *linear).flatten()  # (B, 1, 1, 1) -> (B,)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self._run(latents, self._effective())
+
+    def folded(self) -> Callable[[Tensor], Tensor]:
+        effective = self._effective()
+        return lambda latents: self._run(latents, effective)

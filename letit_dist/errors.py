@@ -1,0 +1,31 @@
+"""Errors that a user can act on, and how the programs report them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input: the message says what is wrong, where, and what to change. Programs exit with code 2."""
+
+
+def reports_errors(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a program's `main`: a `UserError` becomes lines on stderr and exit code 2, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            prefix = f"[rank {os.environ.get('RANK', '0')}] " if ranks > 1 else ""
+            for line in str(error).splitlines():
+                print(f"{prefix}error: {line}", file=sys.stderr, flush=True)
+            return 2
+        except BrokenPipeError:
+            return 1
+
+    return wrapped

@@ -1,0 +1,162 @@
+"""A judge of translations: which domain an image belongs to, and what it shows, learnt from real images.
+
+Two small networks see only real training images of both domains: a classifier of the domain, and, where the
+true factors of the images are known, a regressor of the factors that a translation must keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from letit_dist import pretrained, rng
+from letit_dist.data.progress import Progress
+from letit_dist.data.reader import ShardDataset
+from letit_dist.data.transforms import to_images
+from letit_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Real images of the two domains with what is known of them."""
+
+    pixels: Tensor  # uint8 (N, 3, H, W)
+    domain: Tensor  # (N,) 0 = source, 1 = target
+    factors: Tensor | None  # (N, F) scaled to [0, 1]
+    names: tuple[str, ...]  # of the factors
+    stamp: str  # identifies the files these came from
+
+
+def read_factors(dataset: ShardDataset) -> tuple[Tensor | None, tuple[str, ...]]:
+    """(N, F) and the names of the `content` numbers in every sample's JSON; None if there are none."""
+    first = dataset.json(0).get("content")
+    if not isinstance(first, dict):
+        return None, ()
+    names = tuple(sorted(first))
+    rows = [[float(dataset.json(i)["content"][name]) for name in names] for i in range(len(dataset))]
+    return torch.tensor(rows), names
+
+
+def read_pixels(dataset: ShardDataset) -> Tensor:
+    """uint8 (N, 3, H, W)"""
+    return torch.stack([dataset.pixels(i) for i in range(len(dataset))])
+
+
+def read_examples(source: ShardDataset, target: ShardDataset) -> Examples:
+    """Both domains in memory; factors are used only if both have the same ones."""
+    sides = (source, target)
+    factors, names = zip(*(read_factors(side) for side in sides), strict=True)
+    known = factors[0] is not None and names[0] == names[1]
+    pixels = [read_pixels(side) for side in sides]
+    if pixels[0].shape[1:] != pixels[1].shape[1:]:
+        sizes = " and ".join("x".join(map(str, p.shape[2:])) for p in pixels)
+        raise UserError(f"the two domains have images of different sizes ({sizes}): pack them at one --resolution")
+    hashes = [shard.sha256 for side in sides for index in side.indexes for shard in index.shards]
+    return Examples(
+        torch.cat(pixels),
+        torch.cat([torch.full((len(side),), i) for i, side in enumerate(sides)]),
+        torch.cat(factors) if known else None,
+        names[0] if known else (),
+        pretrained.tensors_fingerprint({"shards": hashes}, {}),
+    )
+
+
+def _network(outputs: int) -> nn.Sequential:
+    """(B, 3, 64, 64) -> (B, outputs)"""
+    layers: list[nn.Module] = []
+    for inputs, width in ((3, 24), (24, 48), (48, 96), (96, 96)):
+        layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    # Flattened, not pooled: position is one of the factors.
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 4 * 4, outputs))
+
+
+class Judge(nn.Module):
+    """`domain(images)` -> probability of the target (B,); `factors(images)` -> (B, F)."""
+
+    SIDE = 64
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.names = tuple(names)
+        self.classifier = _network(1)
+        self.regressor = _network(len(names)) if names else None
+
+    def _input(self, images: Tensor) -> Tensor:
+        if images.shape[-1] != self.SIDE:
+            images = F.interpolate(images, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
+        return images.clamp(-1, 1)
+
+    def domain(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> (B,) probability that they belong to the target domain."""
+        return torch.sigmoid(self.classifier(self._input(images)).squeeze(1))
+
+    def factors(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> (B, F) in the order of `names`."""
+        if self.regressor is None:
+            raise ValueError("no factors are known for these domains")
+        return self.regressor(self._input(images))
+
+
+def _degrade(images: Tensor, amount: Tensor) -> Tensor:
+    """Blur half of the images a little, as an autoencoder would, so that sharpness decides nothing."""
+    small = F.avg_pool2d(images, 2)
+    blurred = F.interpolate(small, scale_factor=2, mode="bilinear")
+    return images.lerp(blurred, (2 * amount - 1).clamp(min=0).view(-1, 1, 1, 1).to(images))
+
+
+def train_judge(examples: Examples, *, steps: int = 500, batch: int = 64, seed: int = 0) -> Judge:
+    """Learn from real images alone. Deterministic for a seed; about 20 s on two CPU cores."""
+    torch.manual_seed(rng.seed_for(seed, "judge weights", 0))
+    judge = Judge(examples.names)
+    judge.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    draws = rng.generator(seed, "judge batches", 0)
+    with Progress("training the judge", steps * batch) as progress:
+        for _ in range(steps):
+            rows = torch.randint(len(examples.pixels), (batch,), generator=draws)
+            images = judge._input(to_images(examples.pixels[rows]))
+            images = _degrade(images, torch.rand(batch, generator=draws))
+            images = images.contiguous(memory_format=torch.channels_last)
+            logits = judge.classifier(images).squeeze(1)
+            loss = F.binary_cross_entropy_with_logits(logits, examples.domain[rows].float())
+            if judge.regressor is not None:
+                loss = loss + 10 * F.mse_loss(judge.regressor(images), examples.factors[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.step(batch)
+    return judge.eval().requires_grad_(False)
+
+
+def load_or_train_judge(examples: Examples, folder: Path, *, steps: int = 500, seed: int = 0) -> Judge:
+    """The judge of these very images and settings, from `folder` if it is there, else trained and kept."""
+    tree = {"names": list(examples.names), "data": examples.stamp, "steps": steps, "seed": seed}
+    if (folder / pretrained.CONFIG).is_file():
+        stored, tensors = pretrained.read_folder(folder)
+        if stored == tree:
+            judge = Judge(examples.names)
+            pretrained.load_exactly(judge, tensors, folder)
+            return judge.eval().requires_grad_(False)
+    judge = train_judge(examples, steps=steps, seed=seed)
+    pretrained.write_folder(folder, tree, judge.state_dict())
+    return judge
+
+
+@torch.no_grad()
+def judge_images(judge: Judge, images: Tensor, factors: Tensor | None, *, chunk: int = 256) -> dict[str, float]:
+    """Scores of images (N, 3, H, W) in [-1, 1]: `target_accuracy`, the share taken for the target domain, and
+    `content_error`, the mean absolute error of the factors (N, F) that should have been kept."""
+    parts = images.split(chunk)
+    scores = {"target_accuracy": float(torch.cat([judge.domain(p) for p in parts]).gt(0.5).float().mean())}
+    if factors is not None and judge.regressor is not None:
+        error = (torch.cat([judge.factors(p) for p in parts]) - factors).abs().mean(0)
+        scores["content_error"] = float(error.mean())
+        scores |= {f"error_{name}": float(value) for name, value in zip(judge.names, error, strict=True)}
+    return scores

@@ -1,0 +1,177 @@
+"""What a trainer needs to know of a method: its networks, its phases, its losses."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from letit_dist import schedule
+from letit_dist.config import StrictConfig
+
+
+class OptimizerConfig(StrictConfig):
+    """One optimiser; the rate is a pure function of images_seen."""
+
+    kind: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adam only")
+    eps: float = Field(1e-8, gt=0, description="adam only")
+    warmup: int = Field(0, ge=0, description="images over which the rate rises from 0")
+    decay: tuple[int, int] | None = Field(
+        None, description="half cosine to 0 between these two counts of images; null = constant"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.kind == "sgd" and {"betas", "eps"} & self.model_fields_set:
+            defaults = (self.betas, self.eps) == ((0.9, 0.999), 1e-8)
+            if not defaults:
+                raise ValueError("betas and eps have no effect with kind sgd: remove them")
+        if self.decay is not None and not 0 <= self.decay[0] < self.decay[1]:
+            raise ValueError(f"decay needs 0 <= first < second, got {self.decay}")
+        return self
+
+    def rate_at(self, images_seen: int) -> float:
+        """The learning rate of the batch that starts at `images_seen`."""
+        return schedule.learning_rate(self.learning_rate, images_seen, warmup=self.warmup, decay=self.decay)
+
+
+class RecipeConfig(StrictConfig):
+    """Base of every recipe's schema."""
+
+    kind: str
+    optimizer: OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One loss with the networks that learn from it; `every` counts batches."""
+
+    name: str
+    modules: tuple[str, ...]
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch of one rank. `data` holds tensors whose rows are samples."""
+
+    data: dict[str, Tensor]
+    positions: Tensor  # (B,) int64, global sample index: the key of all per-sample randomness
+    images_seen: int  # images before the global batch that this belongs to
+    global_batch: int  # images in that global batch, over all ranks and microbatches
+    bad: tuple[tuple[str, str], ...] = ()  # (key, reason) of samples that could not be read and were replaced
+
+    @property
+    def size(self) -> int:
+        return len(self.positions)
+
+    def split(self, size: int) -> list[Batch]:
+        """Consecutive microbatches of `size` samples."""
+        return [
+            replace(
+                self,
+                data={name: value[i : i + size] for name, value in self.data.items()},
+                positions=self.positions[i : i + size],
+            )
+            for i in range(0, self.size, size)
+        ]
+
+    def to(self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format) -> Batch:
+        """Moved to a device; floating-point rows also take the dtype and, where they are maps, the format."""
+
+        def move(value: Tensor) -> Tensor:
+            if not value.is_floating_point():
+                return value.to(device, non_blocking=True)
+            layout = memory_format if value.ndim == 4 else torch.preserve_format
+            return value.to(device, dtype, non_blocking=True, memory_format=layout)
+
+        data = {name: move(value) for name, value in self.data.items()}
+        return replace(self, data=data, positions=self.positions.to(device))
+
+    @property
+    def slots(self) -> Tensor:
+        """(B,) each sample's place inside the global batch."""
+        return self.positions - self.images_seen
+
+
+@dataclass
+class StepResult:
+    """A scalar loss, and detached scalars to report (means over the microbatch)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Recipe(nn.Module):
+    """The one module handed to `accelerator.prepare`; its children are the networks that learn.
+
+    `companions` are frozen networks that take part without learning (an autoencoder, a perceptual loss): they
+    are moved with the recipe, and neither averaged nor saved with it.
+    """
+
+    config_class: ClassVar[type[RecipeConfig]]
+    phases: tuple[Phase, ...]
+
+    def __init__(self, config: RecipeConfig, *, seed: int, precision: str):
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        self.precision = precision
+        self._companions: tuple[nn.Module, ...] = ()
+
+    divergence_hint = ""  # what else to lower, appended to that message
+    # A loss beyond this, of either sign, is refused like a non-finite one. None = only non-finite losses are.
+    loss_limit: float | None = None
+
+    def __deepcopy__(self, memo: dict) -> Recipe:
+        """A copy of the networks that learn (for their average); companions are frozen, so they are shared."""
+        memo.update({id(companion): companion for companion in self._companions})
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    @property
+    def companions(self) -> tuple[nn.Module, ...]:
+        return self._companions
+
+    def add_companion(self, module: nn.Module) -> nn.Module:
+        """Freeze a network and keep it beside the recipe, outside its parameters and state."""
+        module.requires_grad_(False).eval()
+        self._companions = (*self._companions, module)
+        return module
+
+    def forward(self, phase: str, batch: Batch) -> StepResult:
+        """One microbatch of one phase, under the run's precision."""
+        device = batch.positions.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.step(phase, batch)
+
+    def step(self, phase: str, batch: Batch) -> StepResult:
+        """The loss of `phase`; no `.item()` here, so that a GPU is never waited for."""
+        raise NotImplementedError
+
+    def after_batch(self, batch: Batch) -> dict[str, float]:
+        """Called once a global batch, after every phase has stepped, on every rank (codebooks move here)."""
+        return {}
+
+    def discard(self) -> None:
+        """Forget what this batch has accumulated: its loss was refused."""
+
+    def rate_at(self, images_seen: int) -> float:
+        """The learning rate for the batch that starts at `images_seen`."""
+        return self.config.optimizer.rate_at(images_seen)
+
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures of where the run is: row name -> images (B, 3, H, W). Runs without gradient."""
+        raise NotImplementedError
+
+    def save(self, folder, **extra) -> None:
+        """Write what the run is for (an autoencoder, an energy) as a pretrained folder."""
+        raise NotImplementedError

@@ -1,0 +1,120 @@
+"""Stage 2: learn E(z), low on the target's latents, by maximum likelihood with short chains (eq. 2 and 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from letit_dist import rng
+from letit_dist.autoencoders.base import Autoencoder
+from letit_dist.config import as_tree
+from letit_dist.energy.baselines import MeanShift
+from letit_dist.energy.langevin import LangevinConfig, LangevinResult, LangevinSampler
+from letit_dist.energy.models import EnergyModel
+from letit_dist.energy.objective import contrastive_loss
+from letit_dist.recipes.base import Batch, Phase, Recipe, RecipeConfig, StepResult
+from letit_dist.registry import RECIPES
+
+
+class LatentEnergyConfig(RecipeConfig):
+    """The chain, and what keeps the energy in bounds."""
+
+    kind: Literal["latent_energy"] = "latent_energy"
+    langevin: LangevinConfig
+    l2: float = Field(0.0, ge=0, description="weight of mean E(target)^2 + mean E(translated)^2; 0 = the paper")
+    loss_limit: float = Field(1e4, gt=0, description="a loss beyond this, of either sign, stops the run")
+
+
+@RECIPES.register("latent_energy")
+class LatentEnergyRecipe(Recipe):
+    """loss = mean E(target latents) - mean E(translated source latents), the latter detached.
+
+    Chains start at fresh source latents in every batch (no replay buffer), as in the published code. The
+    autoencoder is a frozen companion: it turns codes into latents and draws the pictures.
+    """
+
+    config_class: ClassVar[type] = LatentEnergyConfig
+    phases = (Phase("energy", ("energy",)),)
+    divergence_hint = " or recipe.langevin.step_size, or give recipe.l2 a small weight,"
+    config: LatentEnergyConfig
+
+    def __init__(
+        self,
+        config: LatentEnergyConfig,
+        energy: EnergyModel,
+        autoencoder: Autoencoder,
+        mean_shift: MeanShift,
+        *,
+        seed: int,
+        precision: str,
+    ):
+        super().__init__(config, seed=seed, precision=precision)
+        self.energy = energy
+        self.sampler = LangevinSampler(config.langevin)
+        self.loss_limit = config.loss_limit
+        self.mean_shift = mean_shift
+        self._autoencoder = (self.add_companion(autoencoder),)  # a tuple: not a child, so neither saved nor averaged
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        return self._autoencoder[0]
+
+    def latents(self, batch: Batch, side: str) -> Tensor:
+        """(B, *L) of one side ("source" or "target") of a batch, from stored latents or codes."""
+        fields = {name.partition(".")[2]: v for name, v in batch.data.items() if name.startswith(f"{side}.")}
+        if "latent" in fields:
+            return fields["latent"]
+        with torch.no_grad():
+            return self.autoencoder.latents_from_codes(fields)
+
+    def transport(self, start: Tensor, batch: Batch, *, keep_path: bool = False) -> LangevinResult:
+        """The chains of a batch; noise, where there is any, belongs to the sample's place in the run."""
+
+        def noise(step: int) -> Tensor:
+            return rng.normal(start.shape[1:], self.seed, f"langevin {step}", batch.positions, device=start.device)
+
+        return self.sampler.sample(
+            self.energy, start, noise=noise if self.config.langevin.noise_scale > 0 else None, keep_path=keep_path
+        )
+
+    def step(self, phase: str, batch: Batch) -> StepResult:
+        """`batch.data` holds source.* and target.* fields, as many rows of each."""
+        source = self.latents(batch, "source")
+        result = self.transport(source, batch)
+        loss, metrics = contrastive_loss(self.energy, self.latents(batch, "target"), result.latents, l2=self.config.l2)
+        moved = (result.latents - source).detach().float().square().mean().sqrt()
+        return StepResult(loss, {**metrics, "moved": moved})
+
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        """Decoded: source latents, mean shift, translation, and target latents for comparison."""
+        source = self.latents(batch, "source")
+        rows = {
+            "source": source,
+            "mean shift": self.mean_shift.translate(source),
+            "translation": self.transport(source, batch).latents,
+            "target": self.latents(batch, "target"),
+        }
+        with torch.no_grad():
+            return {name: self.autoencoder.decode(latents) for name, latents in rows.items()}
+
+    def methods(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What a result is compared with, as functions of source latents; chains run without noise."""
+        plain = LangevinSampler(self.config.langevin.model_copy(update={"noise_scale": 0.0}))
+        return {
+            "source": lambda latents: latents,
+            "mean shift": self.mean_shift.translate,
+            "translation": lambda latents: plain.sample(self.energy, latents).latents,
+        }
+
+    def save(self, folder, **extra) -> None:
+        """The energy, with all that a translator must know: whose latents, which chain, the mean shift's size."""
+        self.energy.save_pretrained(
+            folder,
+            autoencoder_fingerprint=extra.pop("autoencoder_fingerprint"),
+            langevin=as_tree(self.config.langevin),
+            **extra,
+        )

@@ -1,0 +1,62 @@
+"""Kinds of models and recipes by name: a new file in the package is enough to make a new kind known."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TypeVar
+
+from letit_dist.errors import UserError
+
+T = TypeVar("T", bound=type)
+
+
+class Registry:
+    """Maps `kind` to a class. The package is scanned at the first look-up, so importing this costs nothing."""
+
+    def __init__(self, noun: str, package: str):
+        self.noun = noun
+        self.package = package
+        self._classes: dict[str, type] = {}
+        self._scanned = False
+
+    def register(self, kind: str) -> Callable[[T], T]:
+        """Class decorator: make the class known under `kind`."""
+
+        def decorate(cls: T) -> T:
+            known = self._classes.get(kind)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ValueError(f"two classes for {self.noun} kind {kind!r}: {known} and {cls}")
+            self._classes[kind] = cls
+            return cls
+
+        return decorate
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        self._scanned = True
+
+    def kinds(self) -> list[str]:
+        """All known kinds, sorted."""
+        self._scan()
+        return sorted(self._classes)
+
+    def get(self, kind: str) -> type:
+        """The class of `kind`; raises UserError with the known kinds and the nearest one."""
+        self._scan()
+        if kind in self._classes:
+            return self._classes[kind]
+        near = difflib.get_close_matches(str(kind), self._classes, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"unknown {self.noun} kind {kind!r}{hint} (known: {', '.join(self.kinds())})")
+
+
+AUTOENCODERS = Registry("autoencoder", "letit_dist.autoencoders")
+ENERGIES = Registry("energy", "letit_dist.energy")
+RECIPES = Registry("recipe", "letit_dist.recipes")

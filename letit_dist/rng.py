@@ -1,0 +1,48 @@
+"""Randomness that does not know about ranks, workers or batches.
+
+Every draw is a function of (seed, purpose, index), where index is the global sample index (what belongs to
+one sample) or the global batch index (what is shared by a batch). The same run therefore makes the same
+draws on any number of ranks, and a resumed run needs no saved generator state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def seed_for(seed: int, purpose: str, index: int) -> int:
+    """A 63-bit seed, a pure function of its arguments on every platform."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(seed: int, purpose: str, index: int) -> torch.Generator:
+    """A CPU generator for one (seed, purpose, index)."""
+    return torch.Generator().manual_seed(seed_for(seed, purpose, index))
+
+
+def _indices(indices: Tensor | Iterable[int]) -> list[int]:
+    return indices.tolist() if isinstance(indices, Tensor) else [int(index) for index in indices]
+
+
+def normal(
+    shape: Sequence[int],
+    seed: int,
+    purpose: str,
+    indices: Tensor | Iterable[int],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """N(0, 1) draws, one row an index: (len(indices), *shape). Drawn in float32 on the CPU, then moved."""
+    rows = [torch.randn(tuple(shape), generator=generator(seed, purpose, i)) for i in _indices(indices)]
+    return torch.stack(rows).to(device=device, dtype=dtype)
+
+
+def uniform(seed: int, purpose: str, indices: Tensor | Iterable[int]) -> Tensor:
+    """U[0, 1) draws, one an index: (len(indices),) float64 on the CPU."""
+    return torch.tensor([seed_for(seed, purpose, i) / 2**63 for i in _indices(indices)], dtype=torch.float64)

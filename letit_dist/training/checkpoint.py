@@ -1,0 +1,172 @@
+"""Checkpoints that survive a kill at any instant.
+
+A checkpoint is written beside its final name, flushed, described by a manifest of sizes and hashes, renamed,
+and only then are old ones removed. What is read back is checked against the manifest; a damaged one is passed
+over for the one before it, and the run says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from letit_dist.errors import UserError
+
+_PREFIX = "images-"
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified folder: tensors are loaded by file name, `state` is the small JSON part."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def images_seen(self) -> int:
+        return self.state["images_seen"]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of `name`.safetensors, on the CPU; a UserError if the checkpoint has none."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            raise UserError(f"{self.folder} holds no {path.name}: it is the checkpoint of another kind of run")
+        return load_file(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash_310(stream)
+        )
+
+
+def _hash_310(stream) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class CheckpointStore:
+    """The `checkpoints/` folder of a run. All methods but `save` are for the main process alone."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    def save(
+        self,
+        images_seen: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        *,
+        is_main: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+        write_rank: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write one checkpoint; every rank calls this. `write_rank(folder)` lets each rank add its own part
+        (sharded optimiser state); the main process writes everything else."""
+        final = self.folder / f"{_PREFIX}{images_seen:012d}"
+        beside = self.folder / f".{final.name}.writing"
+        if is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        barrier()
+        if write_rank is not None:
+            write_rank(beside)
+            barrier()
+        if is_main:
+            try:
+                self._finish(beside, final, tensors, {**state, "images_seen": images_seen})
+            except OSError as error:
+                shutil.rmtree(beside, ignore_errors=True)
+                raise UserError(
+                    f"cannot write the checkpoint {final}: {error.strerror or error} (free some space and run the "
+                    "same command again; the checkpoints before it are untouched)"
+                ) from error
+        barrier()
+        return final
+
+    def _finish(self, beside: Path, final: Path, tensors: dict, state: dict) -> None:
+        for name, values in tensors.items():
+            contiguous = {key: value.detach().cpu().contiguous() for key, value in values.items()}
+            save_file(contiguous, beside / f"{name}.safetensors")
+        (beside / "state.json").write_text(json.dumps(state, indent=1))
+        paths = sorted(p for p in beside.rglob("*") if p.is_file())
+        files = {str(p.relative_to(beside)): {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in paths}
+        (beside / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
+        for path in [*paths, beside / _MANIFEST, *(p for p in beside.rglob("*") if p.is_dir()), beside]:
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(beside, final)
+        _flush(self.folder)
+        self._prune()
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{_PREFIX}*")) if self.folder.is_dir() else []
+
+    def _prune(self) -> None:
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def latest(self, notice: Callable[[str], None] = print) -> Checkpoint | None:
+        """The newest checkpoint that is whole, or None. Leftovers of interrupted saves are removed."""
+        for leftover in self.folder.glob(f".{_PREFIX}*.writing") if self.folder.is_dir() else []:
+            shutil.rmtree(leftover, ignore_errors=True)
+        damaged = []
+        for folder in reversed(self._all()):
+            problem = verify(folder)
+            if problem is None:
+                return open_checkpoint(folder)
+            damaged.append(folder)
+            notice(f"checkpoint {folder.name} is damaged ({problem}); trying the one before it")
+        if damaged:
+            raise UserError(
+                f"none of the {len(damaged)} checkpoints in {self.folder} is whole; move the folder away to start anew"
+            )
+        return None
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"no readable {_MANIFEST}"
+    if manifest.get("format") != _FORMAT:
+        return f"format {manifest.get('format')}, this version reads {_FORMAT}"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
+        if _hash(path) != expected["sha256"]:
+            return f"{name} does not match its hash"
+    return None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A folder that `verify` has passed."""
+    return Checkpoint(folder, json.loads((folder / "state.json").read_text()))

@@ -1,0 +1,118 @@
+"""The run folder: its configuration, where it ran, and who may write into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import yaml
+
+import letit_dist
+from letit_dist.config import StrictConfig, as_tree, differences, to_yaml
+from letit_dist.errors import UserError
+
+# What may change between two starts of a run, because by construction it changes no result.
+_FREE = ("data.workers", "training.microbatch", "intervals")
+
+
+def _without_free(tree: dict) -> dict:
+    tree = json.loads(json.dumps(tree))
+    for path in _FREE:
+        node, *rest = path.split(".")
+        if rest and isinstance(tree.get(node), dict):
+            tree[node].pop(rest[0], None)
+        elif not rest:
+            tree.pop(node, None)
+    return tree
+
+
+def open_run(folder: Path, config: StrictConfig) -> None:
+    """Claim `folder` for this configuration (main process only).
+
+    The same configuration again resumes; another one is a UserError that lists the differences and touches
+    nothing.
+    """
+    path = folder / "config.yaml"
+    tree = as_tree(config)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected a run folder")
+    if path.exists():
+        try:
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            raise UserError(f"{path} cannot be read: name another run folder with --run") from None
+        lines = differences(_without_free(saved), _without_free(tree))
+        if lines:
+            listed = "\n".join(f"  {line}" for line in lines)
+            raise UserError(
+                f"{folder} belongs to another configuration; name another folder with --run, or undo:\n{listed}"
+            )
+    elif folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
+        raise UserError(f"{folder} is not empty and is no run folder (no config.yaml): name another with --run")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, to_yaml(config))
+    _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def environment() -> dict:
+    """What ran, where: versions, commit, command, devices."""
+    from importlib import metadata
+
+    names = ("accelerate", "deepspeed", "torchvision", "webdataset", "safetensors", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    cuda = torch.cuda.is_available()
+    return {
+        "letit_dist": letit_dist.__version__,
+        "commit": _commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        **versions,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+    }
+
+
+def export(trainer, **extra) -> Path:
+    """Write the run's result as a pretrained folder under export/ (main process), and say where."""
+    folder = trainer.run / "export" / f"images-{trainer.images_seen:012d}"
+    if trainer.is_main and not folder.exists():
+        trainer.trained.save(folder, images_seen=trainer.images_seen, **extra)
+    trainer.accelerator.wait_for_everyone()
+    trainer.say(f"exported to {folder}")
+    return folder

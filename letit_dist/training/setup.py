@@ -1,0 +1,158 @@
+"""The accelerator, made so that it is what the launch file asked for, or refused.
+
+On machines without a GPU, accelerate and DeepSpeed each need to be told: left alone, accelerate believes in
+one process while there are two, or turns DeepSpeed into plain data parallelism without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, broadcast_object_list
+
+from letit_dist import rng
+from letit_dist.config import TrainingConfig
+from letit_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is spread: `batch = ranks x microbatch x accumulation`."""
+
+    batch: int
+    ranks: int
+    microbatch: int
+
+    @property
+    def per_rank(self) -> int:
+        return self.batch // self.ranks
+
+    @property
+    def accumulation(self) -> int:
+        return self.per_rank // self.microbatch
+
+    def __str__(self) -> str:
+        ranks = "rank" if self.ranks == 1 else "ranks"
+        return f"{self.batch} = {self.ranks} {ranks} x {self.microbatch} images x {self.accumulation} accumulation"
+
+
+def plan_batch(training: TrainingConfig, ranks: int) -> BatchPlan:
+    """The arithmetic of a batch, or a UserError with the nearest counts that divide."""
+    if training.batch % ranks:
+        lower = training.batch // ranks * ranks
+        near = " or ".join(str(n) for n in (lower, lower + ranks) if n > 0)
+        raise UserError(f"training.batch: {training.batch} images do not divide over {ranks} ranks (try {near})")
+    per_rank = training.batch // ranks
+    microbatch = training.microbatch or per_rank
+    if per_rank % microbatch:
+        divisors = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+        raise UserError(
+            f"training.microbatch: {microbatch} does not divide the {per_rank} images of a rank (try one of {divisors})"
+        )
+    return BatchPlan(training.batch, ranks, microbatch)
+
+
+def launched_ranks() -> int:
+    """The number of processes this program was started with."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _on_cpu() -> bool:
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    return asked or not torch.cuda.is_available()
+
+
+def _prepare_deepspeed_on_cpu() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    # With this set, accelerate drops DeepSpeed in silence and trains with plain DDP.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    import deepspeed.ops
+
+    # A shared-memory collective that would be compiled for minutes at the first start; gloo gives the same bits.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def create_accelerator(*, several_phases: bool) -> Accelerator:
+    """An `Accelerator` whose world and distribution are those of the launch; raises UserError otherwise.
+
+    Mixed precision is never delegated: under DDP it would mean autocast and under DeepSpeed cast parameters.
+    """
+    wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    on_cpu = _on_cpu()
+    handlers: list = [
+        # Buffers (codebooks, running means) are equal by construction; a broadcast a step would hide it if not.
+        DistributedDataParallelKwargs(find_unused_parameters=several_phases, broadcast_buffers=False)
+    ]
+    if on_cpu and launched_ranks() > 1:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    if wants_deepspeed and on_cpu:
+        try:
+            _prepare_deepspeed_on_cpu()
+        except ImportError:
+            raise UserError("the launch file asks for DeepSpeed: pip install 'letit_dist[deepspeed]'") from None
+    accelerator = Accelerator(cpu=on_cpu and not wants_deepspeed, mixed_precision="no", kwargs_handlers=handlers)
+    ranks = launched_ranks()
+    if accelerator.num_processes != ranks or (
+        torch.distributed.is_initialized() and torch.distributed.get_world_size() != ranks
+    ):
+        raise UserError(
+            f"launched {ranks} processes, but accelerate sees {accelerator.num_processes}: "
+            "start it with one of launch/accelerate/*.yaml"
+        )
+    if wants_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError(f"the launch file asks for DeepSpeed, but accelerate started {accelerator.distributed_type}")
+    return accelerator
+
+
+def seed_weights(seed: int) -> None:
+    """Make the weights that are built next a function of the run's seed, equal on every rank."""
+    torch.manual_seed(rng.seed_for(seed, "weights", 0))
+
+
+def main_decides(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Run `function` on the main process and give its result to all; its UserError ends every rank."""
+    outcome: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        if accelerator.is_main_process:
+            raise UserError(outcome[1])
+        raise SystemExit(2)  # the main process prints the one line
+    return outcome[0]
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether a DeepSpeed engine wraps the model."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def configure_deepspeed(accelerator: Accelerator, plan: BatchPlan, training: TrainingConfig) -> None:
+    """Fill in what only the run knows, and refuse what would change its result in silence."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    if "gradient_clipping" not in config:
+        raise UserError("the DeepSpeed JSON has no gradient_clipping: write 0.0, without it DeepSpeed clips at 1.0")
+    low = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
+    if low:
+        raise UserError(
+            f"the DeepSpeed JSON enables {low[0]}, which casts the parameters: use training.precision=bf16 (autocast)"
+        )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3:
+        raise UserError("ZeRO stage 3 is not supported: the networks are small, use stage 0, 1 or 2")
+    if training.precision == "fp64":
+        raise UserError("training.precision: fp64 is for equality checks under DDP, DeepSpeed does not offer it")
+    config.pop("train_batch_size", None)
+    config["train_micro_batch_size_per_gpu"] = plan.microbatch
+    config["gradient_accumulation_steps"] = plan.accumulation
+    accelerator.gradient_accumulation_steps = plan.accumulation

@@ -1,0 +1,367 @@
+"""The one training loop. It knows phases, images and intervals, and never a model's name."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from letit_dist import schedule
+from letit_dist.config import IntervalsConfig, TrainingConfig
+from letit_dist.errors import UserError
+from letit_dist.pictures import grid, save_picture
+from letit_dist.pretrained import load_exactly
+from letit_dist.recipes.base import Batch, Phase, Recipe
+from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from letit_dist.training.ema import WeightAverage
+from letit_dist.training.metrics import Means, StatsFile
+from letit_dist.training.optim import activate, build_optimizer, load_state_tensors, state_tensors
+from letit_dist.training.setup import configure_deepspeed, is_deepspeed, main_decides, plan_batch
+
+# Exit code of a run that was asked to stop and has saved itself: a scheduler may requeue it (EX_TEMPFAIL).
+STOPPED = 75
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+
+
+class Feed(Protocol):
+    """Where batches come from."""
+
+    def batches(self, images_seen: int, batch: int, rank: int, ranks: int) -> Iterator[Batch]:
+        """This rank's share of every global batch from `images_seen` on, without end."""
+
+    def preview(self, count: int) -> Batch:
+        """The same few samples on every call, for pictures."""
+
+
+class Trainer:
+    """Runs a recipe over a feed until `training.images`, resuming from the newest whole checkpoint in `run`.
+
+    Every rank builds one. `accelerator` decides where and with whom; nothing else depends on it.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        feed: Feed,
+        *,
+        run: Path,
+        training: TrainingConfig,
+        intervals: IntervalsConfig,
+        max_bad_fraction: float = 1.0,
+        preview: int = 8,
+    ):
+        self.accelerator = accelerator
+        self.feed = feed
+        self.run = run
+        self.training = training
+        self.intervals = intervals
+        self.max_bad_fraction = max_bad_fraction
+        self.plan = plan_batch(training, accelerator.num_processes)
+        self.deepspeed = is_deepspeed(accelerator)
+        self.dtype = _DTYPES[training.precision]
+        self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+
+        recipe.to(accelerator.device, self.dtype)
+        for module in (recipe, *recipe.companions):
+            module.to(accelerator.device, self.dtype)
+            module.to(memory_format=self.memory_format)
+        self.recipe = recipe.train()
+        self.average = (
+            WeightAverage(recipe, training.ema_half_life, training.ema_warmup) if training.ema_half_life else None
+        )
+        self._require_equal_start()
+        if self.deepspeed:
+            configure_deepspeed(accelerator, self.plan, training)
+        optimizer = build_optimizer(recipe, recipe.config.optimizer)
+        self.model, self.optimizer = accelerator.prepare(recipe, optimizer)
+        # accelerate's and DeepSpeed's wrappers keep the dicts of these groups; flags and rates are set here.
+        self.base_optimizer = optimizer
+
+        self.images_seen = 0
+        self.bad_samples = 0
+        self.means = Means(accelerator.device)
+        self.stats = StatsFile(run / "stats.jsonl")
+        self.store = CheckpointStore(run / "checkpoints", intervals.keep)
+        self._saved_at = -1
+        self._stop_asked = False
+        self._preview = None
+        self._preview_count = preview
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self) -> int:
+        """Run to the end. Returns 0, or STOPPED when a signal asked to stop and the state was saved."""
+        self.resume()
+        total = self.training.images
+        if self.images_seen >= total:
+            self.say(f"complete: {self.images_seen} of {total} images were already seen")
+            return 0
+        batches = self.feed.batches(
+            self.images_seen, self.plan.batch, self.accelerator.process_index, self.accelerator.num_processes
+        )
+        self._clock, self._clock_images = time.perf_counter(), self.images_seen
+        if self.images_seen == 0:
+            self.picture()
+        with self._signals(), self._bar(total) as bar:
+            while self.images_seen < total:
+                batch = next(batches).to(self.accelerator.device, self.dtype, self.memory_format)
+                number = self.images_seen // self.plan.batch
+                for phase in self.recipe.phases:
+                    if number % phase.every == 0:
+                        self.step(phase, batch)
+                self.means.add(self.recipe.after_batch(batch))
+                before, self.images_seen = self.images_seen, self.images_seen + self.plan.batch
+                if self.average:
+                    self.average.update(self.recipe, self.plan.batch, self.images_seen)
+                stop = self._agree(batch)
+                bar.update(self.plan.batch)
+
+                done = self.images_seen >= total
+                if done or stop or schedule.crosses(self.intervals.report, before, self.images_seen):
+                    self.report(bar)
+                if done or schedule.crosses(self.intervals.samples, before, self.images_seen):
+                    self.picture()
+                if done or stop or schedule.crosses(self.intervals.checkpoint, before, self.images_seen):
+                    self.save()
+                if stop and not done:
+                    self.say(f"stopped at {self.images_seen} of {total} images; the same command continues")
+                    return STOPPED
+        return 0
+
+    def step(self, phase: Phase, batch: Batch) -> None:
+        """All microbatches of one phase, then one optimiser step over the phase's networks."""
+        activate(self.base_optimizer, phase, self.recipe.rate_at(self.images_seen))
+        parts = batch.split(self.plan.microbatch)
+        if not self.deepspeed:
+            self.optimizer.zero_grad(set_to_none=True)
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with self._gradients_shared(last):
+                result = self.model(phase.name, part)
+                self._refuse_bad_loss(phase, result.loss)
+                self._backward(result.loss, last)
+            self.means.add({"loss": result.loss, **result.metrics}, weight=part.size)
+        if not self.deepspeed:
+            self.optimizer.step()
+
+    def _gradients_shared(self, last: bool):
+        # DDP would all-reduce after every microbatch; DeepSpeed is told through sync_gradients instead.
+        self.accelerator.sync_gradients = last
+        if not last and hasattr(self.model, "no_sync") and not self.deepspeed:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _backward(self, loss, last: bool) -> None:
+        if self.deepspeed:
+            self.accelerator.backward(loss)  # scales by the accumulation itself, and steps when `last`
+        else:
+            (loss / self.plan.accumulation).backward()
+
+    # ---------------------------------------------------------------- guards
+
+    def _all_sum(self, values: list[float]) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return values
+        packed = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        torch.distributed.all_reduce(packed)
+        return packed.tolist()
+
+    def _refuse_bad_loss(self, phase: Phase, loss) -> None:
+        """Raise on every rank, before any weight can change, when the loss of one rank is unusable."""
+        limit = self.recipe.loss_limit or math.inf
+        value = float(loss.detach())
+        if self._all_sum([float(not math.isfinite(value) or abs(value) > limit)])[0] == 0:
+            return
+        self.recipe.discard()
+        saved = f"the newest checkpoint is at {self._saved_at} images" if self._saved_at > 0 else "none is saved yet"
+        why = "not finite" if limit == math.inf else f"not finite or beyond recipe.loss_limit {limit:g}"
+        raise UserError(
+            f"the loss of phase {phase.name!r} is {why} at {self.images_seen} images "
+            f"(this rank: {value:g}); the weights were not changed by it and {saved}. "
+            f"Lower recipe.optimizer.learning_rate{self.recipe.divergence_hint} and start again in a new folder"
+        )
+
+    def _agree(self, batch: Batch) -> bool:
+        """Count bad samples over all ranks and decide together whether to stop."""
+        stop, bad = self._all_sum([float(self._stop_asked), float(len(batch.bad))])
+        self.bad_samples += int(bad)
+        for key, reason in batch.bad:
+            print(f"unreadable sample replaced: {key}: {reason}", file=sys.stderr, flush=True)
+        # The floor keeps one bad sample in the first batch from ending a run.
+        allowed = self.max_bad_fraction * max(self.images_seen, 1000)
+        if self.bad_samples > allowed:
+            self.save()
+            raise UserError(
+                f"{self.bad_samples} of {self.images_seen} samples could not be read, data.max_bad_fraction allows "
+                f"{self.max_bad_fraction:g}: check the shards with shards/check.py (the run is saved)"
+            )
+        return stop > 0
+
+    def _require_equal_start(self) -> None:
+        """All ranks build the same weights from the same seed; anything else is a bug worth stopping for."""
+        if self.accelerator.num_processes == 1:
+            return
+        total = sum((p.detach().double().abs().sum() for p in self.recipe.state_dict().values()), torch.zeros(()))
+        every = [torch.zeros_like(total) for _ in range(self.accelerator.num_processes)]
+        torch.distributed.all_gather(every, total)
+        if any(other.item() != every[0].item() for other in every):
+            raise UserError("the ranks start from different weights: are all nodes on the same version and config?")
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint and a clean stop; a second Ctrl-C ends."""
+
+        def ask(number, _frame):
+            if self._stop_asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop_asked = True
+
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = {number: signal.signal(number, ask) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # ---------------------------------------------------------------- what a person sees
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def say(self, text: str) -> None:
+        """One line, from the main process, above the bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def _bar(self, total: int) -> tqdm:
+        show = self.is_main and sys.stderr.isatty()
+        return tqdm(total=total, initial=self.images_seen, unit="img", disable=not show, dynamic_ncols=True)
+
+    def report(self, bar: tqdm) -> None:
+        """One line in stats.jsonl and in the log, with means over the interval and over the ranks."""
+        self.means.synchronise()
+        means = self.means.means()
+        self.means.clear()
+        now = time.perf_counter()
+        speed = (self.images_seen - self._clock_images) / max(now - self._clock, 1e-9)
+        self._clock, self._clock_images = now, self.images_seen
+        if not self.is_main:
+            return
+        record = {
+            "images_seen": self.images_seen,
+            **means,
+            "learning_rate": self.recipe.rate_at(self.images_seen - self.plan.batch),
+            "bad_samples": self.bad_samples,
+            "images_per_second": round(speed, 2),
+        }
+        self.stats.append(record)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        if bar.disable:
+            self.say(f"{self.images_seen:>9}/{self.training.images} images  {shown}  {speed:.0f} img/s")
+        else:
+            bar.set_postfix_str(shown)
+
+    def picture(self) -> None:
+        """samples/images-*.png, from the averaged weights when there are any."""
+        if not self.is_main:
+            return
+        if self._preview is None:
+            batch = self.feed.preview(self._preview_count)
+            self._preview = batch.to(self.accelerator.device, self.dtype, self.memory_format)
+        recipe = self.trained
+        recipe.eval()
+        with torch.no_grad():
+            rows = recipe.samples(self._preview)
+        recipe.train()
+        save_picture(grid(rows), self.run / "samples" / f"images-{self.images_seen:012d}.png")
+
+    # ---------------------------------------------------------------- saving and resuming
+
+    @property
+    def trained(self) -> Recipe:
+        """The recipe whose weights are the run's result: the average if there is one."""
+        return self.average.module if self.average else self.recipe
+
+    def save(self) -> None:
+        """A checkpoint; every rank calls this."""
+        if self._saved_at == self.images_seen:
+            return
+        self.means.synchronise()
+        tensors = {"model": self.recipe.state_dict()}
+        if self.average:
+            tensors["average"] = self.average.module.state_dict()
+        write_rank = None
+        if self.deepspeed:
+            write_rank = self._write_deepspeed
+        else:
+            tensors["optimizer"] = state_tensors(self.base_optimizer, self.recipe)
+        state = {
+            "means": self.means.state(),
+            "bad_samples": self.bad_samples,
+            "ranks": self.accelerator.num_processes,
+            "deepspeed": self.deepspeed,
+        }
+        self.store.save(
+            self.images_seen,
+            tensors,
+            state,
+            is_main=self.is_main,
+            barrier=self.accelerator.wait_for_everyone,
+            write_rank=write_rank,
+        )
+        self._saved_at = self.images_seen
+
+    def _write_deepspeed(self, folder: Path) -> None:
+        self.model.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+
+    def resume(self) -> None:
+        """Load the newest whole checkpoint, if there is one. The main process decides which; all load it."""
+
+        def newest() -> str | None:
+            checkpoint = self.store.latest(self.say)
+            return checkpoint and str(checkpoint.folder)
+
+        folder = main_decides(self.accelerator, newest)
+        if folder is None:
+            return
+        checkpoint = open_checkpoint(Path(folder))
+        self._load(checkpoint)
+        self.images_seen = self._saved_at = checkpoint.images_seen
+        self.bad_samples = checkpoint.state["bad_samples"]
+        self.means.load(checkpoint.state["means"])
+        if self.is_main:
+            self.stats.rewind(self.images_seen)
+        self.say(f"resumed at {self.images_seen} of {self.training.images} images from {checkpoint.folder}")
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        load_exactly(self.recipe, checkpoint.tensors("model"), checkpoint.folder)
+        if self.average:
+            load_exactly(self.average.module, checkpoint.tensors("average"), checkpoint.folder)
+        if checkpoint.state["deepspeed"] != self.deepspeed:
+            was, now = ("DeepSpeed", "DDP") if checkpoint.state["deepspeed"] else ("DDP", "DeepSpeed")
+            raise UserError(f"{checkpoint.folder} was saved under {was}, this run is under {now}: launch it as before")
+        if not self.deepspeed:
+            tensors = checkpoint.tensors("optimizer")
+            load_state_tensors(self.base_optimizer, self.recipe, tensors, str(checkpoint.folder))
+            return
+        ranks = checkpoint.state["ranks"]
+        if ranks != self.accelerator.num_processes:
+            raise UserError(
+                f"{checkpoint.folder} was saved by {ranks} DeepSpeed ranks, this run has "
+                f"{self.accelerator.num_processes}: sharded optimiser state loads on the same number only"
+            )
+        self.model.load_checkpoint(str(checkpoint.folder), tag="deepspeed")

@@ -1,0 +1,229 @@
+"""The sampler against closed forms, and what it must leave untouched."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from letit_dist import rng
+from letit_dist.energy.langevin import LangevinConfig, LangevinSampler, frozen
+from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig, build_energy
+from letit_dist.energy.objective import contrastive_loss
+
+
+class Quadratic(nn.Module):
+    """E = k/2 |z|^2, whose density is N(0, 1/k)."""
+
+    def __init__(self, k: float = 1.0):
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor(k, dtype=torch.float64))
+
+    def forward(self, z):
+        return self.k / 2 * z.square().flatten(1).sum(1)
+
+
+def sampler(**settings):
+    return LangevinSampler(LangevinConfig(**{"steps": 7, "step_size": 0.3, **settings}))
+
+
+@pytest.fixture
+def start():
+    return torch.randn(5, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=[MLPEnergyConfig(hidden=16, latent_shape=(4, 8, 8)), ConvEnergyConfig(latent_shape=(4, 8, 8))])
+def energy(request):
+    torch.manual_seed(0)
+    return build_energy(request.param, request.param.latent_shape)
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+# Closed forms
+
+
+def test_quadratic_energy_shrinks_geometrically(start):
+    k, step = 1.7, 0.3
+    result = sampler(step_size=step).sample(Quadratic(k), start, keep_path=True)
+    factor = 1 - step * k / 2
+    expected = torch.stack([factor**t * start for t in range(8)])
+    torch.testing.assert_close(result.path, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(result.latents, expected[-1], rtol=1e-13, atol=0)
+    # Section 4.2: sum over the T steps of |k z(t)|
+    torch.testing.assert_close(result.shift, k * expected[:-1].abs().sum(0), rtol=1e-13, atol=0)
+    energies = k / 2 * expected.square().flatten(2).sum(2)
+    torch.testing.assert_close(result.energies, energies, rtol=1e-13, atol=0)
+
+
+def test_noise_reaches_the_stationary_variance():
+    """z' = (1 - s/2) z + sqrt(s) eps has the variance s / (1 - (1 - s/2)^2) = 1 / (1 - s/4)."""
+    step, count = 0.8, 100_000
+    zeros = torch.zeros(count, 1, dtype=torch.float64)
+    chain = sampler(steps=20, step_size=step, noise_scale=1.0)
+    z = chain.sample(Quadratic(), zeros, generator=torch.Generator().manual_seed(0)).latents
+    expected = 1 / (1 - step / 4)
+    # The variance of N Gaussian draws is known to sqrt(2 / N): four of those, 1.8 %. No noise scale would be 0,
+    # a noise of step instead of sqrt(step) 20 % less, and the continuous-time limit 20 % less too.
+    assert z.var().item() == pytest.approx(expected, rel=4 * (2 / count) ** 0.5)
+    assert abs(z.mean().item()) < 4 * (expected / count) ** 0.5
+
+
+def test_each_step_is_eq_6_with_the_given_noise(start):
+    draws = torch.randn(3, *start.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    step, scale = 0.3, 0.5
+    result = sampler(steps=3, step_size=step, noise_scale=scale).sample(
+        Quadratic(), start, noise=lambda t: draws[t], keep_path=True
+    )
+    z = start
+    for t in range(3):
+        z = z - step / 2 * z + scale * step**0.5 * draws[t]
+        torch.testing.assert_close(result.path[t + 1], z)
+
+
+def test_no_steps_return_the_start(start):
+    result = sampler(steps=0).sample(Quadratic(), start, keep_path=True)
+    assert torch.equal(result.latents, start)
+    assert torch.equal(result.path, start[None])
+    assert torch.equal(result.shift, torch.zeros_like(start))
+    assert result.energies.shape == (1, 5)
+    result.latents.zero_()
+    assert start.abs().sum() > 0
+
+
+# Randomness is explicit
+
+
+def test_noise_needs_a_source(start):
+    noisy = sampler(noise_scale=1.0)
+    with pytest.raises(ValueError, match="exactly one"):
+        noisy.sample(Quadratic(), start)
+    with pytest.raises(ValueError, match="exactly one"):
+        noisy.sample(Quadratic(), start, generator=torch.Generator(), noise=lambda t: start)
+
+
+def test_without_noise_nothing_is_drawn(start):
+    generator = torch.Generator().manual_seed(0)
+    before, default = generator.get_state(), torch.get_rng_state()
+    sampler().sample(Quadratic(), start, generator=generator, noise=pytest.fail)
+    sampler(noise_scale=1.0).sample(Quadratic(), start, noise=lambda t: torch.zeros_like(start))
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(torch.get_rng_state(), default)
+
+
+def test_noise_by_sample_index_does_not_depend_on_the_batch(energy, latents):
+    noisy = sampler(noise_scale=0.5)
+
+    def run(indices):
+        def noise(step):
+            return rng.normal(energy.latent_shape, 0, f"langevin/{step}", indices)
+
+        return noisy.sample(energy, latents[indices], noise=noise).latents
+
+    torch.testing.assert_close(torch.cat([run([0]), run([1, 2])]), run([0, 1, 2]))
+
+
+# What is left alone
+
+
+def test_result_is_detached_and_parameters_get_no_gradient(energy, latents):
+    next(energy.parameters()).requires_grad_(False)
+    flags = [p.requires_grad for p in energy.parameters()]
+    latents.requires_grad_()
+    result = sampler().sample(energy, latents, keep_path=True)
+    assert [p.requires_grad for p in energy.parameters()] == flags
+    assert all(p.grad is None for p in energy.parameters())
+    assert latents.grad is None
+    for tensor in (result.latents, result.shift, result.path, result.energies):
+        assert not tensor.requires_grad and tensor.grad_fn is None
+
+
+def test_parameters_are_frozen_during_the_chain(start):
+    class Watching(Quadratic):
+        def forward(self, z):
+            assert not self.k.requires_grad
+            return super().forward(z)
+
+    sampler().sample(Watching(), start)
+
+
+def test_flags_are_restored_after_an_exception(start):
+    class Failing(Quadratic):
+        def forward(self, z):
+            raise RuntimeError("stop")
+
+    energy = Failing()
+    with pytest.raises(RuntimeError, match="stop"):
+        sampler().sample(energy, start)
+    assert energy.k.requires_grad
+
+
+def test_frozen_keeps_mixed_flags():
+    module = nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    with frozen(module):
+        assert not module.weight.requires_grad
+    assert module.weight.requires_grad and not module.bias.requires_grad
+
+
+def test_shape_of_the_energy_is_checked(start):
+    class Column(Quadratic):
+        def forward(self, z):
+            return super().forward(z).unsqueeze(1)
+
+    with pytest.raises(AssertionError, match=r"\(5, 1\)"):
+        sampler().sample(Column(), start)
+
+
+# Callers
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_callers_without_gradients(energy, latents, mode):
+    expected = sampler().sample(energy, latents, keep_path=True)
+    with mode():
+        result = sampler().sample(energy, latents * 1, keep_path=True)
+    assert torch.equal(result.path, expected.path)
+    assert torch.equal(result.shift, expected.shift)
+
+
+def test_autocast_keeps_the_path_in_float32(energy, latents):
+    expected = sampler().sample(energy, latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = sampler().sample(energy, latents)
+    assert result.latents.dtype == torch.float32
+    assert not torch.equal(result.shift, expected.shift)
+    torch.testing.assert_close(result.latents - latents, expected.latents - latents, rtol=0.1, atol=0.05)
+
+
+class Step(nn.Module):
+    """As a recipe does it: the chain and the loss inside the wrapped module's forward."""
+
+    def __init__(self, energy):
+        super().__init__()
+        self.energy = energy
+
+    def forward(self, source, target):
+        return contrastive_loss(self.energy, target, sampler().sample(self.energy, source).latents)[0]
+
+
+def test_inside_a_ddp_forward(energy, latents, tmp_path):
+    target = latents.flip(0) + 1
+    plain = Step(energy)
+    plain(latents, target).backward()
+    expected = {name: p.grad.clone() for name, p in energy.named_parameters()}
+    assert any(gradient.abs().sum() > 0 for gradient in expected.values())
+    energy.zero_grad()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(plain, find_unused_parameters=True)
+        for _ in range(2):  # a second time, after the flags have been restored once
+            energy.zero_grad()
+            wrapped(latents, target).backward()
+    finally:
+        dist.destroy_process_group()
+    for name, parameter in energy.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
