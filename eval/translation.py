@@ -33,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", metavar="TARGET", help="test shards of the target in which equal keys are pairs")
     parser.add_argument("--out", type=Path, help="folder for the results (default: ENERGY/eval)")
     parser.add_argument("--judge", type=Path, help="folder that keeps the judge (default: OUT/judge)")
-    parser.add_argument("--judge-steps", type=int, default=500, help="training steps of the judge, 64 images each")
+    parser.add_argument("--judge-steps", type=int, default=300, help="training steps of the judge, 64 images each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
     return parser.parse_args(argv)

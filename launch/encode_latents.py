@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from letit_dist.errors import UserError, reports_errors
+from letit_dist.errors import reports_errors
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -43,11 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.data.reader import ShardDataset
     from letit_dist.pretrained import find_folder
 
-    if args.batch < 1 or args.crops < 0:
-        raise UserError(f"--batch must be at least 1 and --crops at least 0, got {args.batch} and {args.crops}")
+    options = EncodeOptions(args.flip, args.crops, args.seed, args.dtype, args.batch, args.workers)
     autoencoder = load_autoencoder(find_folder(args.autoencoder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = EncodeOptions(args.flip, args.crops, args.seed, args.dtype, args.batch, args.workers)
     try:
         report = encode_domain(
             autoencoder.to(device), ShardDataset(args.shards), args.out, options, domain=args.domain, device=device

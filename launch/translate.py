@@ -45,8 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.batch < 1 or (args.limit is not None and args.limit < 1):
         raise UserError("--batch and --limit must be at least 1")
-    if args.out.resolve() in (args.input.resolve(), args.input.resolve().parent):
+    given, out = args.input.resolve(), args.out.resolve()
+    if out == (given.parent if given.is_file() else given):
         raise UserError(f"--out {args.out} is where the input lies: name another folder, or it would be overwritten")
+    if given in out.parents:
+        raise UserError(f"--out {args.out} lies inside {args.input}: the next call would translate the results too")
     import torch
 
     from letit_dist.data.inputs import open_images
@@ -72,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: what is finished is in {args.out}", file=sys.stderr)
         return 130
+    except OSError as error:
+        raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from None
     return 0
 
 

@@ -189,7 +189,8 @@ def find_folder(path: str | Path) -> Path:
     path = Path(path)
     if (path / CONFIG).is_file() or not path.is_dir():
         return path
-    exports = sorted((path / "export").glob("*")) if (path / "export").is_dir() else []
+    # glob also finds what starts with a dot: the leftovers of an export that was killed.
+    exports = sorted(p for p in path.glob("export/images-*") if (p / CONFIG).is_file())
     if exports:
         return exports[-1]
     if (path / "config.yaml").is_file():

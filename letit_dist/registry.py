@@ -13,6 +13,10 @@ from letit_dist.errors import UserError
 T = TypeVar("T", bound=type)
 
 
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 class Registry:
     """Maps `kind` to a class. The package is scanned at the first look-up, so importing this costs nothing."""
 
@@ -27,7 +31,7 @@ class Registry:
 
         def decorate(cls: T) -> T:
             known = self._classes.get(kind)
-            if known is not None and known.__qualname__ != cls.__qualname__:
+            if known is not None and _name(known) != _name(cls):
                 raise ValueError(f"two classes for {self.noun} kind {kind!r}: {known} and {cls}")
             self._classes[kind] = cls
             return cls
@@ -50,7 +54,7 @@ class Registry:
     def get(self, kind: str) -> type:
         """The class of `kind`; raises UserError with the known kinds and the nearest one."""
         self._scan()
-        if kind in self._classes:
+        if isinstance(kind, str) and kind in self._classes:
             return self._classes[kind]
         near = difflib.get_close_matches(str(kind), self._classes, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""

@@ -45,4 +45,6 @@ def normal(
 
 def uniform(seed: int, purpose: str, indices: Tensor | Iterable[int]) -> Tensor:
     """U[0, 1) draws, one an index: (len(indices),) float64 on the CPU."""
-    return torch.tensor([seed_for(seed, purpose, i) / 2**63 for i in _indices(indices)], dtype=torch.float64)
+    # The upper 53 bits are exact in float64; all 63 could round up to 1.
+    draws = [(seed_for(seed, purpose, i) >> 10) / 2**53 for i in _indices(indices)]
+    return torch.tensor(draws, dtype=torch.float64)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from letit_dist.data import synthetic
+from letit_dist.data import fruit_painting, fruit_surface, synthetic
 from letit_dist.data.synthetic import (
     CONTENT_FACTORS,
     LOOK_FACTORS,
@@ -26,8 +26,8 @@ def in_scene(factors: FruitFactors, **content: float) -> FruitFactors:
 
 
 def empty_scene(factors: FruitFactors, resolution: int) -> np.ndarray:
-    light = synthetic._Light.of(factors.content)
-    return synthetic._encode(synthetic._paint_scene(factors.content, light, resolution))
+    light, place = fruit_painting.Light.of(factors.content), synthetic.placement(factors.content)
+    return fruit_painting.encode(fruit_painting.paint_scene(factors.content, place, light, resolution))
 
 
 def silhouette(factors: FruitFactors, resolution: int = RESOLUTION) -> np.ndarray:
@@ -50,7 +50,7 @@ def extremes() -> list[dict[str, float]]:
 def test_same_arguments_give_the_same_bytes_and_others_do_not(style):
     image, factors = fruit(style, 3, 14, 64)
     # As in another process, which makes its own textures.
-    synthetic._textures.cache_clear()
+    fruit_surface.textures.cache_clear()
     again, same = fruit(style, 3, 14, 64)
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8 and image.flags["C_CONTIGUOUS"]
     assert image.tobytes() == again.tobytes() and factors == same
@@ -61,8 +61,7 @@ def test_same_arguments_give_the_same_bytes_and_others_do_not(style):
 
 def test_the_styles_have_independent_streams():
     apples, oranges = (
-        np.array([list(sample_factors(style, 0, index).content.values()) for index in range(500)])
-        for style in STYLES
+        np.array([list(sample_factors(style, 0, index).content.values()) for index in range(500)]) for style in STYLES
     )
     assert not np.any(apples == oranges)
     between = np.corrcoef(apples.T, oranges.T) - np.eye(2 * len(CONTENT_FACTORS))

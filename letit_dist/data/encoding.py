@@ -12,12 +12,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from letit_dist import rng
+from letit_dist.config import differences
 from letit_dist.data.index import INDEX_NAME, Index
 from letit_dist.data.latents import LatentWriter
 from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset, batches
 from letit_dist.data.transforms import to_images
 from letit_dist.errors import UserError
+from letit_dist.pretrained import tensors_fingerprint
 
 
 class Encoder(Protocol):
@@ -35,7 +37,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How a domain is encoded; all but `batch` and `workers` change the result and are kept in the index."""
+    """How a domain is encoded; views, seed and dtype decide the result and are kept in the index."""
 
     flip: bool = False
     crops: int = 0
@@ -43,6 +45,20 @@ class EncodeOptions:
     dtype: str = "float32"
     batch: int = 64
     workers: int = 0
+    shard_bytes: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.crops < 0:
+            problems.append(f"--crops {self.crops}: 0 or more")
+        if self.seed and not self.crops:
+            problems.append("--seed has no effect without --crops: leave it out")
+        if self.batch < 1:
+            problems.append(f"--batch {self.batch}: 1 or more")
+        if self.workers < 0:
+            problems.append(f"--workers {self.workers}: 0 or more")
+        if problems:
+            raise UserError("\n".join(problems))
 
     @property
     def views(self) -> list[str]:
@@ -88,7 +104,7 @@ def encode_domain(
     """Write the latents (or codes) of every image and view to `out`; returns one line that says what was done.
 
     Finished folders are recognised, interrupted ones continued. Raises UserError if `out` holds something
-    else, or if the images are of another size than the autoencoder's.
+    else, if the images are of another size than the autoencoder's, and for an image that cannot be read.
     """
     size = dataset.image_size()
     side = autoencoder.config.resolution
@@ -105,11 +121,16 @@ def encode_domain(
         "views": options.views,
         "crop_seed": options.seed if options.crops else None,
         "images": len(dataset),
+        "image_shards": _shards_stamp(dataset),
     }
     fingerprint = autoencoder.fingerprint()
     kind = "codes" if autoencoder.stores_codes else "latents"
+    if kind == "codes" and options.dtype != "float32":
+        raise UserError(f"--dtype {options.dtype} has no effect here: codes are whole numbers, and exact; leave it out")
     if (out / INDEX_NAME).exists():
-        return _already(Index.read(out), meta, kind, fingerprint)
+        dtype = {} if kind == "codes" else {"dtype": options.dtype}
+        wanted = {"kind": kind, "autoencoder_fingerprint": fingerprint, **dtype, **meta}
+        return _already(Index.read(out), wanted)
     writer = LatentWriter(
         out,
         kind=kind,
@@ -117,12 +138,14 @@ def encode_domain(
         meta=meta,
         dtype=options.dtype,
         codebook_size=_codebook_size(autoencoder),
+        shard_bytes=options.shard_bytes,
     )
     views = options.views
     with writer, Progress(f"encoding {meta['domain']}", len(dataset), done=writer.resume_at // len(views)) as progress:
         begun = writer.resume_at
         for pixels, samples in batches(dataset, options.batch, workers=options.workers):
-            if (int(samples[-1]) + 1) * len(views) <= begun:
+            last = (int(samples[-1]) + 1) * len(views)
+            if last <= begun:
                 continue
             encoded = {name: _encode(autoencoder, _view(pixels, samples, name, options.seed), device) for name in views}
             for row, sample in enumerate(samples.tolist()):
@@ -130,7 +153,7 @@ def encode_domain(
                     if sample * len(views) + v >= begun:
                         fields = {field: values[row] for field, values in encoded[name].items()}
                         writer.write(dataset.key(sample), fields, json_data=dataset.json(sample), view=name)
-            progress.step(len(samples))
+            progress.step(last // len(views) - progress.done)
     return f"{out}: {len(dataset)} images of {meta['domain']} x {len(views)} views as {kind}, autoencoder {fingerprint}"
 
 
@@ -141,12 +164,17 @@ def _encode(autoencoder: Encoder, pixels: Tensor, device: torch.device | str) ->
     return {"latent": autoencoder.encode(images).cpu()}
 
 
-def _already(index: Index, meta: dict, kind: str, fingerprint: str) -> str:
-    found = {name: index.meta.get(name) for name in meta}
-    if index.kind == kind and found == meta and index.meta.get("autoencoder_fingerprint") == fingerprint:
-        return f"{index.folder}: already encoded by autoencoder {fingerprint}"
-    was = f"{index.kind} of {index.meta.get('domain')!r} by autoencoder {index.meta.get('autoencoder_fingerprint')}"
-    raise UserError(
-        f"{index.folder} already holds {was} (views: {', '.join(index.meta.get('views') or ['?']) or 'plain'}), "
-        f"not what was asked for: choose another folder with --out, or remove it"
-    )
+def _shards_stamp(dataset: ShardDataset) -> str:
+    """16 hex digits that identify the image files: the same names packed anew are other images."""
+    hashes = [shard.sha256 for index in dataset.indexes for shard in index.shards]
+    return tensors_fingerprint({"shards": hashes}, {})
+
+
+def _already(index: Index, wanted: dict) -> str:
+    if index.kind == "images":
+        raise UserError(f"{index.folder} holds images: choose another folder for the latents with --out")
+    found = {name: {**index.meta, "kind": index.kind}.get(name) for name in wanted}
+    if changed := differences(found, wanted):
+        first = f"{index.folder} holds other latents than asked for: choose another folder with --out, or remove it"
+        raise UserError("\n".join([first, *changed]))
+    return f"{index.folder}: already encoded by autoencoder {wanted['autoencoder_fingerprint']}, nothing to do"

@@ -15,48 +15,74 @@ from letit_dist.errors import UserError
 
 
 class Images:
-    """Names and pixels (3, R, R) in a fixed order; unreadable images are left out, counted and listed."""
+    """Names and pixels (3, R, R) in a fixed order; unreadable images are left out, counted and listed.
 
-    def __init__(self, resolution: int, count: int, max_bad_fraction: float):
+    No two names are equal, and none has a slash. `bad` holds (where it lies, reason) of what was left out.
+    """
+
+    def __init__(self, resolution: int, names: list[str], max_bad_fraction: float):
         self.resolution = resolution
-        self.count = count
+        self.names = _distinct(names)
         self.bad: list[tuple[str, str]] = []
         self._limit = max_bad_fraction
 
     def __len__(self) -> int:
         """How many there are, unreadable ones included."""
-        return self.count
+        return len(self.names)
 
-    def _load(self, position: int) -> tuple[str, Tensor]:
+    def _load(self, position: int) -> Tensor:
         raise NotImplementedError
 
-    def name(self, position: int) -> str:
+    def place(self, position: int) -> str:
+        """Where an image lies, for messages."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for position in range(self.count):
+        for position, name in enumerate(self.names):
             try:
                 pixels = self._load(position)
             except UnreadableImage as error:
-                self.bad.append((self.name(position), str(error)))
-                if self.count == 1 or len(self.bad) > self._limit * max(self.count, 20):
-                    listed = ", ".join(f"{name} ({reason})" for name, reason in self.bad[:5])
-                    raise UserError(f"{len(self.bad)} of {self.count} images cannot be read: {listed}") from None
+                self.bad.append((self.place(position), str(error)))
+                self._stop_past_limit()
                 continue
-            yield self.name(position), resize_crop(pixels, self.resolution)
+            yield name, resize_crop(pixels, self.resolution)
+
+    def _stop_past_limit(self) -> None:
+        listed = ", ".join(f"{place} ({reason})" for place, reason in self.bad[:5])
+        if len(self) == 1:
+            raise UserError(f"cannot be read: {listed}")
+        # The share is taken of 20 images at least: one bad image in a small folder proves nothing.
+        if len(self.bad) > self._limit * max(len(self), 20):
+            raise UserError(
+                f"{len(self.bad)} of {len(self)} images cannot be read, more than --max-bad-fraction {self._limit:g} "
+                f"allows; the first: {listed}"
+            )
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Slashes become dashes; where that makes two names equal, the later one gets a number."""
+    distinct: dict[str, None] = {}
+    for name in names:
+        flat = unique = name.replace("/", "-")
+        number = 1
+        while unique in distinct:
+            number += 1
+            unique = f"{flat}-{number}"
+        distinct[unique] = None
+    return list(distinct)
 
 
 class _Files(Images):
     def __init__(self, paths: list[Path], root: Path, resolution: int, max_bad_fraction: float):
-        super().__init__(resolution, len(paths), max_bad_fraction)
-        self._paths = paths
-        names = [str(path.relative_to(root).with_suffix("")).replace("/", "-") for path in paths]
+        names = [path.relative_to(root).with_suffix("").as_posix() for path in paths]
         twice = {name for name, count in Counter(names).items() if count > 1}
         # a.png and a.jpg would both become a: they keep their endings.
-        self._names = [n + p.suffix.replace(".", "-") if n in twice else n for n, p in zip(names, paths, strict=True)]
+        names = [n + p.suffix.replace(".", "-") if n in twice else n for n, p in zip(names, paths, strict=True)]
+        super().__init__(resolution, names, max_bad_fraction)
+        self._paths = paths
 
-    def name(self, position: int) -> str:
-        return self._names[position]
+    def place(self, position: int) -> str:
+        return str(self._paths[position])
 
     def _load(self, position: int) -> Tensor:
         try:
@@ -68,18 +94,19 @@ class _Files(Images):
 
 class _Shards(Images):
     def __init__(self, dataset: ShardDataset, count: int, resolution: int, max_bad_fraction: float):
-        super().__init__(resolution, count, max_bad_fraction)
+        super().__init__(resolution, [dataset.key(position) for position in range(count)], max_bad_fraction)
         self._dataset = dataset
 
-    def name(self, position: int) -> str:
-        return self._dataset.key(position).replace("/", "-")
+    def place(self, position: int) -> str:
+        return self._dataset.place(position)
 
     def _load(self, position: int) -> Tensor:
         return self._dataset.pixels(position)
 
 
 def open_images(path: Path, resolution: int, limit: int | None = None, max_bad_fraction: float = 0.05) -> Images:
-    """The images of a file, a folder (subfolders included, sorted by name) or a shard folder, at most `limit`.
+    """The images of a file, a folder (subfolders included, hidden files not, sorted by name) or a shard folder, at
+    most `limit`.
 
     Each is cropped to its centred square and resized to `resolution`. Raises UserError for a missing path and
     a folder without images.
@@ -91,7 +118,8 @@ def open_images(path: Path, resolution: int, limit: int | None = None, max_bad_f
         return _Files([path], path.parent, resolution, max_bad_fraction)
     if not path.is_dir():
         raise UserError(f"no such image or folder: {path}")
-    paths = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and p.is_file())
+    known = (p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+    paths = sorted(p for p in known if not p.name.startswith(".") and not p.is_dir())
     if not paths:
         raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_EXTENSIONS))}) and is no shard folder")
     return _Files(paths[:limit], path, resolution, max_bad_fraction)

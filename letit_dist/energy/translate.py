@@ -167,12 +167,19 @@ def load_translator(autoencoder_folder: str | Path, energy_folder: str | Path) -
 def open_translator(energy: str | Path, autoencoder: str | Path | None = None) -> Translator:
     """A translator from a run folder of launch/train_energy.py, whose configuration names its autoencoder, or
     from a folder of weights together with `autoencoder` (a folder of weights or a pretraining run)."""
+    folder = pretrained.find_folder(energy)
+    if not folder.is_dir():
+        raise UserError(f"no such energy: {energy} (a run folder of launch/train_energy.py, or its export)")
     if autoencoder is None:
         path = Path(energy) / "config.yaml"
         if not path.is_file():
             raise UserError(f"{energy} is no run folder (no config.yaml): name its autoencoder with --autoencoder")
-        autoencoder = read_tree(path)[0].get("autoencoder", "")
-    return load_translator(pretrained.find_folder(autoencoder), pretrained.find_folder(energy))
+        autoencoder = read_tree(path)[0].get("autoencoder")
+        if not isinstance(autoencoder, str):
+            raise UserError(f"{energy} is no run of launch/train_energy.py: its config.yaml names no autoencoder")
+        if not Path(autoencoder).exists():
+            raise UserError(f"{path}: its autoencoder {autoencoder} is not there: name it with --autoencoder")
+    return load_translator(pretrained.find_folder(autoencoder), folder)
 
 
 def choose_translator(energies: Sequence[str], autoencoder: str | None, to: str | None) -> Translator:
@@ -181,7 +188,9 @@ def choose_translator(energies: Sequence[str], autoencoder: str | None, to: str 
     targets = [translator.energy.extra.get("target", "?") for translator in translators]
     if to is None and len(translators) == 1:
         return translators[0]
-    if to is None or targets.count(to) != 1:
+    if to is not None and targets.count(to) > 1:
+        raise UserError(f"--to {to}: {targets.count(to)} of the energies go there: give only one of them")
+    if to not in targets:
         raise UserError(
             f"--to names the domain to go to, one of: {', '.join(targets)}" + (f"; got {to!r}" if to else "")
         )

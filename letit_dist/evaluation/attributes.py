@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from letit_dist import pretrained, rng
 from letit_dist.data.progress import Progress
-from letit_dist.data.reader import ShardDataset
+from letit_dist.data.reader import ShardDataset, batches
 from letit_dist.data.transforms import to_images
 from letit_dist.errors import UserError
 
@@ -33,18 +33,26 @@ class Examples:
 
 
 def read_factors(dataset: ShardDataset) -> tuple[Tensor | None, tuple[str, ...]]:
-    """(N, F) and the names of the `content` numbers in every sample's JSON; None if there are none."""
-    first = dataset.json(0).get("content")
-    if not isinstance(first, dict):
+    """(N, F) and the names of the numbers under factors.content in every sample's JSON; None if there are none."""
+    names = tuple(sorted(_content(dataset, 0)))
+    if not names:
         return None, ()
-    names = tuple(sorted(first))
-    rows = [[float(dataset.json(i)["content"][name]) for name in names] for i in range(len(dataset))]
-    return torch.tensor(rows), names
+    rows = [_content(dataset, i) for i in range(len(dataset))]
+    for i, row in enumerate(rows):
+        if tuple(sorted(row)) != names:
+            found, expected = (", ".join(sorted(r)) or "none" for r in (row, rows[0]))
+            raise UserError(f"{dataset.place(i)}.json: factors.content has {found}; the first sample has {expected}")
+    return torch.tensor([[float(row[name]) for name in names] for row in rows]), names
+
+
+def _content(dataset: ShardDataset, sample: int) -> dict[str, float]:
+    factors = dataset.json(sample).get("factors")
+    return factors.get("content", {}) if isinstance(factors, dict) else {}
 
 
 def read_pixels(dataset: ShardDataset) -> Tensor:
-    """uint8 (N, 3, H, W)"""
-    return torch.stack([dataset.pixels(i) for i in range(len(dataset))])
+    """uint8 (N, 3, H, W); raises UserError for an image that cannot be read or has another size."""
+    return torch.cat([pixels for pixels, _ in batches(dataset, 256)])
 
 
 def read_examples(source: ShardDataset, target: ShardDataset) -> Examples:
@@ -56,7 +64,7 @@ def read_examples(source: ShardDataset, target: ShardDataset) -> Examples:
     if pixels[0].shape[1:] != pixels[1].shape[1:]:
         sizes = " and ".join("x".join(map(str, p.shape[2:])) for p in pixels)
         raise UserError(f"the two domains have images of different sizes ({sizes}): pack them at one --resolution")
-    hashes = [shard.sha256 for side in sides for index in side.indexes for shard in index.shards]
+    hashes = [[shard.sha256 for index in side.indexes for shard in index.shards] for side in sides]
     return Examples(
         torch.cat(pixels),
         torch.cat([torch.full((len(side),), i) for i, side in enumerate(sides)]),
@@ -109,7 +117,7 @@ def _degrade(images: Tensor, amount: Tensor) -> Tensor:
     return images.lerp(blurred, (2 * amount - 1).clamp(min=0).view(-1, 1, 1, 1).to(images))
 
 
-def train_judge(examples: Examples, *, steps: int = 500, batch: int = 64, seed: int = 0) -> Judge:
+def train_judge(examples: Examples, *, steps: int = 300, batch: int = 64, seed: int = 0) -> Judge:
     """Learn from real images alone. Deterministic for a seed; about 20 s on two CPU cores."""
     torch.manual_seed(rng.seed_for(seed, "judge weights", 0))
     judge = Judge(examples.names)
@@ -135,7 +143,7 @@ def train_judge(examples: Examples, *, steps: int = 500, batch: int = 64, seed: 
     return judge.eval().requires_grad_(False)
 
 
-def load_or_train_judge(examples: Examples, folder: Path, *, steps: int = 500, seed: int = 0) -> Judge:
+def load_or_train_judge(examples: Examples, folder: Path, *, steps: int = 300, seed: int = 0) -> Judge:
     """The judge of these very images and settings, from `folder` if it is there, else trained and kept."""
     tree = {"names": list(examples.names), "data": examples.stamp, "steps": steps, "seed": seed}
     if (folder / pretrained.CONFIG).is_file():

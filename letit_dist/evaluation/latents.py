@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,27 +10,40 @@ from torch import Tensor
 
 from letit_dist.autoencoders.base import Autoencoder
 from letit_dist.data.latents import LatentSet
+from letit_dist.errors import UserError
 
-_CHUNK = 256
+_CHUNK = 256  # latents, and fewer where that would be more than 2^26 numbers
 
 
 def all_latents(autoencoder: Autoencoder, side: LatentSet, *, most: int | None = None) -> Iterator[Tensor]:
-    """Latents (B, *L) of a stored domain in chunks, in order; `most` samples spread evenly over it."""
+    """Latents (B, *L) of a stored domain in chunks, in order, where and in the precision that the autoencoder is;
+    `most` samples spread evenly over it."""
+    like = next(autoencoder.parameters())
     count = len(side) if most is None else min(most, len(side))
     chosen = torch.arange(count) * len(side) // count
-    for rows in chosen.split(_CHUNK):
-        fields = side.take(rows)
+    for rows in chosen.split(max(1, min(_CHUNK, 2**26 // math.prod(autoencoder.latent_shape)))):
+        fields = {name: values.to(like.device) for name, values in side.take(rows).items()}
         with torch.no_grad():
-            yield fields["latent"] if "latent" in fields else autoencoder.latents_from_codes(fields)
+            yield fields["latent"].to(like) if "latent" in fields else autoencoder.latents_from_codes(fields)
 
 
 def measure_unit(autoencoder: Autoencoder, *sides: LatentSet, most: int = 512) -> float:
     """The standard deviation of all entries of the latents of these domains, to three digits.
 
-    Three digits are plenty for a unit, and keep it the same number on every machine.
+    Three digits are plenty for a unit, and keep it the same number on every machine. Raises UserError if all
+    entries are equal.
     """
-    parts = [part.double() for side in sides for part in all_latents(autoencoder, side, most=most)]
-    return float(f"{torch.cat([part.flatten() for part in parts]).std().item():.3g}")
+    # Chunk by chunk: all of it at once would be 34 GB for VQ-VAE-2 at 1024 pixels.
+    count, total, squares = 0, 0.0, 0.0
+    for side in sides:
+        for part in all_latents(autoencoder, side, most=most):
+            count += part.numel()
+            total += float(part.double().sum())
+            squares += float(part.double().square().sum())
+    unit = float(f"{max(squares / count - (total / count) ** 2, 0) ** 0.5:.3g}")
+    if unit == 0:
+        raise UserError("every entry of the latents is the same number: the autoencoder has not learnt anything yet")
+    return unit
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

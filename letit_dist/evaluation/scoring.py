@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from letit_dist import rng
 from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.transforms import to_images
@@ -45,7 +46,20 @@ def _paired(test: ShardDataset, pairs: ShardDataset) -> Tensor:
     missing = [test.key(i) for i in range(len(test)) if test.key(i) not in rows]
     if missing:
         raise UserError(f"--pairs: {len(missing)} of {len(test)} test images have no counterpart, e.g. {missing[0]!r}")
-    return to_images(torch.stack([pairs.pixels(rows[test.key(i)]) for i in range(len(test))]))
+    return to_images(read_pixels(pairs)[[rows[test.key(i)] for i in range(len(test))]])
+
+
+def check_sizes(translator: Translator, **folders: ShardDataset | None) -> None:
+    """Raise UserError, with a line for each, if images of the named options are not the autoencoder's size."""
+    side = translator.autoencoder.config.resolution
+    sizes = {name: folder.image_size() for name, folder in folders.items() if folder is not None}
+    problems = [
+        f"--{name} holds images of {width}x{height}, the autoencoder takes {side}x{side}"
+        for name, (height, width) in sizes.items()
+        if (height, width) != (side, side)
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 @torch.no_grad()
@@ -64,9 +78,7 @@ def score_translations(
     The mean shift is fitted on the training images in `examples`. `seconds` is the time from the source's
     latents to the decoded images of the method, for all samples.
     """
-    side = translator.autoencoder.config.resolution
-    if test.image_size() != (side, side):
-        raise UserError(f"--test holds images of {test.image_size()[0]} pixels, the autoencoder takes {side}")
+    check_sizes(translator, test=test, pairs=pairs)
     pixels = read_pixels(test)
     factors, names = read_factors(test)
     if judge.names and names != judge.names:
@@ -83,6 +95,18 @@ def score_translations(
                 parts.append(translator.autoencoder.decode(move(part)).clamp(-1, 1))
                 progress.step(len(part))
         return torch.cat(parts)
+
+    def translated() -> Tensor:
+        if translator.sampler.config.noise_scale == 0:
+            return decoded(lambda z: translator.transport(z).latents)
+        # The noise belongs to the image's place, as in launch/translate.py.
+        places = iter(torch.arange(len(latents)).split(batch))
+
+        def move(z: Tensor) -> Tensor:
+            rows = next(places)
+            return translator.transport(z, noise=lambda step: chain_noise(translator, seed, step, rows)).latents
+
+        return decoded(move)
 
     methods: dict[str, Callable[[], Tensor]] = {
         "real": lambda: to_images(pixels),

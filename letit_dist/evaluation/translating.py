@@ -37,7 +37,8 @@ class TranslateOptions:
 def translate_all(translator: Translator, images: Images, out: Path, options: TranslateOptions) -> Iterator[str]:
     """Translate every image into `out`, batch by batch; yields lines that say what was written.
 
-    Noise, where the chain has any, belongs to the image's place in the input, so a batch size changes nothing.
+    Noise, where the chain has any, belongs to the image's place among the readable ones, so a batch size changes
+    nothing.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder")

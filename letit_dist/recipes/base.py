@@ -28,6 +28,8 @@ class OptimizerConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
         if self.kind == "sgd" and {"betas", "eps"} & self.model_fields_set:
             defaults = (self.betas, self.eps) == ((0.9, 0.999), 1e-8)
             if not defaults:
@@ -117,6 +119,9 @@ class Recipe(nn.Module):
 
     config_class: ClassVar[type[RecipeConfig]]
     phases: tuple[Phase, ...]
+    # A loss beyond this, of either sign, is refused like a non-finite one. None = only non-finite losses are.
+    loss_limit: float | None = None
+    divergence_hint = ""  # what else to lower, appended to the message of such a loss
 
     def __init__(self, config: RecipeConfig, *, seed: int, precision: str):
         super().__init__()
@@ -124,10 +129,6 @@ class Recipe(nn.Module):
         self.seed = seed
         self.precision = precision
         self._companions: tuple[nn.Module, ...] = ()
-
-    divergence_hint = ""  # what else to lower, appended to that message
-    # A loss beyond this, of either sign, is refused like a non-finite one. None = only non-finite losses are.
-    loss_limit: float | None = None
 
     def __deepcopy__(self, memo: dict) -> Recipe:
         """A copy of the networks that learn (for their average); companions are frozen, so they are shared."""

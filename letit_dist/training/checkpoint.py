@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,6 +69,19 @@ def _hash_310(stream) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def _one_clear_error(beside: Path, final: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write the checkpoint {final}: {reason} (free some space and run the same command again; "
+            "the checkpoints before it are untouched)"
+        ) from error
+
+
 class CheckpointStore:
     """The `checkpoints/` folder of a run. All methods but `save` are for the main process alone."""
 
@@ -88,22 +103,16 @@ class CheckpointStore:
         (sharded optimiser state); the main process writes everything else."""
         final = self.folder / f"{_PREFIX}{images_seen:012d}"
         beside = self.folder / f".{final.name}.writing"
-        if is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        barrier()
-        if write_rank is not None:
-            write_rank(beside)
-            barrier()
-        if is_main:
-            try:
-                self._finish(beside, final, tensors, {**state, "images_seen": images_seen})
-            except OSError as error:
+        with _one_clear_error(beside, final):
+            if is_main:
                 shutil.rmtree(beside, ignore_errors=True)
-                raise UserError(
-                    f"cannot write the checkpoint {final}: {error.strerror or error} (free some space and run the "
-                    "same command again; the checkpoints before it are untouched)"
-                ) from error
+                beside.mkdir(parents=True)
+            barrier()
+            if write_rank is not None:
+                write_rank(beside)
+                barrier()
+            if is_main:
+                self._finish(beside, final, tensors, {**state, "images_seen": images_seen})
         barrier()
         return final
 
@@ -130,14 +139,23 @@ class CheckpointStore:
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
+    def _set_aside(self, damaged: list[Path]) -> None:
+        # Under their old names they would count as kept, and whole ones would be pruned in their place.
+        for folder in damaged:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+
     def latest(self, notice: Callable[[str], None] = print) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None. Leftovers of interrupted saves are removed."""
+        """The newest checkpoint that is whole, or None. Leftovers of interrupted saves are removed, damaged
+        checkpoints that a whole one stands in for are renamed to `damaged-*`."""
         for leftover in self.folder.glob(f".{_PREFIX}*.writing") if self.folder.is_dir() else []:
             shutil.rmtree(leftover, ignore_errors=True)
         damaged = []
         for folder in reversed(self._all()):
             problem = verify(folder)
             if problem is None:
+                self._set_aside(damaged)
                 return open_checkpoint(folder)
             damaged.append(folder)
             notice(f"checkpoint {folder.name} is damaged ({problem}); trying the one before it")
@@ -152,18 +170,22 @@ def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-    except (OSError, ValueError):
+        if manifest["format"] != _FORMAT:
+            return f"format {manifest['format']}, this version reads {_FORMAT}"
+        files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {_MANIFEST}"
-    if manifest.get("format") != _FORMAT:
-        return f"format {manifest.get('format')}, this version reads {_FORMAT}"
-    for name, expected in manifest["files"].items():
+    for name, size, digest in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-        if _hash(path) != expected["sha256"]:
-            return f"{name} does not match its hash"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+        try:
+            if _hash(path) != digest:
+                return f"{name} does not match its hash"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
     return None
 
 

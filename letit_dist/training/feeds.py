@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +11,8 @@ from letit_dist.config import ImagesConfig
 from letit_dist.data.foreign import is_foreign
 from letit_dist.data.latents import LatentPairs, LatentSet
 from letit_dist.data.reader import ShardDataset, open_stream
-from letit_dist.data.transforms import to_images
+from letit_dist.data.transforms import UnreadableImage, to_images
+from letit_dist.errors import UserError
 from letit_dist.recipes.base import Batch
 
 
@@ -63,8 +65,15 @@ class ImageFeed:
         if self.dataset is None:
             pixels = next(iter(self._stream(0, count, 0, 1, 0))).pixels
         else:
-            pixels = torch.stack([self.dataset.pixels(i) for i in _spread(count, len(self.dataset))])
+            pixels = torch.stack([self._readable(i) for i in _spread(count, len(self.dataset))])
         return Batch({"images": to_images(pixels)}, torch.arange(len(pixels)), 0, len(pixels))
+
+    def _readable(self, sample: int) -> torch.Tensor:
+        """The sample's pixels, or those of the next one that can be decoded."""
+        for offset in range(len(self.dataset)):
+            with contextlib.suppress(UnreadableImage):
+                return self.dataset.pixels((sample + offset) % len(self.dataset))
+        raise UserError(f"none of the {len(self.dataset)} samples in data.train can be decoded")
 
 
 class LatentFeed:

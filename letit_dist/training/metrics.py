@@ -64,11 +64,11 @@ class StatsFile:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["images_seen"] <= images_seen:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue  # the line that a kill cut in half
         beside = self.path.with_suffix(".writing")
         beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

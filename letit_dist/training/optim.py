@@ -74,7 +74,9 @@ def load_state_tensors(
         if name not in parameters:
             raise UserError(f"{where}: optimiser state for {name!r}, which this recipe does not have")
         parameter = parameters[name]
-        if value.shape == parameter.shape:
+        if slot != "step":  # torch keeps the count of steps on the CPU
+            if value.shape != parameter.shape:
+                raise UserError(f"{where}: {key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
             # In the parameter's memory format, so that a resumed run also runs at the same speed.
             value = torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][slot] = value

@@ -45,8 +45,10 @@ def open_run(folder: Path, config: StrictConfig) -> None:
     if path.exists():
         try:
             saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            raise UserError(f"{path} cannot be read: name another run folder with --run") from None
+        except (yaml.YAMLError, ValueError, OSError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise UserError(f"{path} cannot be read: name another run folder with --run")
         lines = differences(_without_free(saved), _without_free(tree))
         if lines:
             listed = "\n".join(f"  {line}" for line in lines)
@@ -55,9 +57,12 @@ def open_run(folder: Path, config: StrictConfig) -> None:
             )
     elif folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
         raise UserError(f"{folder} is not empty and is no run folder (no config.yaml): name another with --run")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(path, to_yaml(config))
-    _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, to_yaml(config))
+        _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write into the run folder {folder}: {error.strerror or error}") from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -72,7 +72,6 @@ class Trainer:
         self.dtype = _DTYPES[training.precision]
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
 
-        recipe.to(accelerator.device, self.dtype)
         for module in (recipe, *recipe.companions):
             module.to(accelerator.device, self.dtype)
             module.to(memory_format=self.memory_format)
@@ -128,7 +127,8 @@ class Trainer:
                 bar.update(self.plan.batch)
 
                 done = self.images_seen >= total
-                if done or stop or schedule.crosses(self.intervals.report, before, self.images_seen):
+                # Not at a stop: the checkpoint carries the means, and stats.jsonl is that of an unbroken run.
+                if done or schedule.crosses(self.intervals.report, before, self.images_seen):
                     self.report(bar)
                 if done or schedule.crosses(self.intervals.samples, before, self.images_seen):
                     self.picture()
@@ -337,6 +337,8 @@ class Trainer:
 
         folder = main_decides(self.accelerator, newest)
         if folder is None:
+            if self.is_main:
+                self.stats.rewind(0)
             return
         checkpoint = open_checkpoint(Path(folder))
         self._load(checkpoint)
