@@ -48,12 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.energy.translate import open_translator
     from letit_dist.evaluation.attributes import load_or_train_judge, read_examples
     from letit_dist.evaluation.report import write_report
-    from letit_dist.evaluation.scoring import score_translations
+    from letit_dist.evaluation.scoring import check_sizes, score_translations
 
     out = args.out or Path(args.energy) / "eval"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, expected a folder")
     translator = open_translator(args.energy, args.autoencoder)
     source, target, test = (ShardDataset([path]) for path in (*args.train, args.test))
     pairs = ShardDataset([args.pairs]) if args.pairs else None
+    check_sizes(translator, train=source, test=test, pairs=pairs)
     examples = read_examples(source, target)
     judge = load_or_train_judge(examples, args.judge or out / "judge", steps=args.judge_steps, seed=args.seed)
     result = score_translations(translator, judge, examples, test, pairs, batch=args.batch, seed=args.seed)

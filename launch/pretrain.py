@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, plan_batch, seed_weights
     from letit_dist.training.trainer import Trainer
 
+    if config.recipe.kind == "latent_energy":
+        raise UserError("recipe.kind: latent_energy trains energies (launch/train_energy.py), not autoencoders")
     recipe_class = RECIPES.get(config.recipe.kind)
     plan = plan_batch(config.training, launched_ranks())
     if args.check:

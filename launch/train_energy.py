@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from letit_dist.errors import reports_errors
+from letit_dist.errors import UserError, reports_errors
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, plan_batch, seed_weights
     from letit_dist.training.trainer import Trainer
 
+    if config.recipe.kind != "latent_energy":
+        raise UserError(f"recipe.kind: {config.recipe.kind} trains autoencoders (launch/pretrain.py), not energies")
     plan = plan_batch(config.training, launched_ranks())
     if args.check:
         print(to_yaml(config), end="")

@@ -170,6 +170,13 @@ def test_export_refuses_gelu():
         export_energy(MLPEnergy(MLPEnergyConfig(latent_shape=(4,), hidden=4, activation="gelu")))
 
 
+def test_published_energies_see_latents_as_they_are():
+    for name in PUBLISHED:
+        assert import_energy(GOLDEN / f"ebm_{name}.pt").unit == 1.0
+    with pytest.raises(UserError, match=r"this one in units of 0\.5"):
+        export_energy(MLPEnergy(MLPEnergyConfig(latent_shape=(4,), hidden=4, latent_unit=0.5)))
+
+
 # Every kind
 
 
@@ -216,6 +223,41 @@ def test_latent_shape_comes_from_the_program():
     assert build_energy(MLPEnergyConfig(hidden=4), [6, 2]).config.latent_shape == (6, 2)
     with pytest.raises(UserError, match=r"\(16,\).*\(8,\)"):
         build_energy(MLPEnergy.tiny, (8,))
+
+
+def in_unit(energy, unit):
+    """A copy that sees latents in another unit."""
+    twin = build_energy(energy.config.model_copy(update={"latent_unit": unit}), energy.latent_shape)
+    twin.load_state_dict(energy.state_dict())
+    return twin
+
+
+def test_latents_are_seen_in_their_unit(energy, tmp_path):
+    latents, twin = some(energy), in_unit(energy, 2.5)
+    assert energy.unit == 1.0 and twin.unit == 2.5
+    torch.testing.assert_close(twin(2.5 * latents), energy(latents))
+    torch.testing.assert_close(twin.folded()(2.5 * latents), energy(latents))
+    assert not torch.allclose(twin(latents), energy(latents))
+    assert twin.fingerprint() != energy.fingerprint()
+    twin.save_pretrained(tmp_path / "energy")
+    assert load_energy(tmp_path / "energy").unit == 2.5
+
+
+def test_the_unit_may_be_measured(energy):
+    auto = energy.config.model_copy(update={"latent_unit": "auto"})
+    assert build_energy(auto, energy.latent_shape, measured_unit=0.37).config.latent_unit == 0.37
+    # A stated unit is not overruled.
+    assert build_energy(energy.config, energy.latent_shape, measured_unit=0.37).unit == 1.0
+    assert parse_kind(ENERGIES, as_tree(auto), "here").latent_unit == "auto"
+    for build in (lambda: build_energy(auto, energy.latent_shape), lambda: type(energy)(auto)):
+        with pytest.raises(UserError, match="latent_unit is not measured yet"):
+            build()
+
+
+@pytest.mark.parametrize("unit", [0, -1.0, "measured", float("nan")])
+def test_units_that_make_no_sense(energy, unit):
+    with pytest.raises(UserError, match="latent_unit"):
+        parse_kind(ENERGIES, {**as_tree(energy.config), "latent_unit": unit}, "here")
 
 
 @pytest.mark.parametrize("shape", [(512,), (4, 8, 16), (4, 12, 12), (4, 4, 4)])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist import rng
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler, frozen
-from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig, build_energy
+from letit_dist.energy.models import Block, ConvEnergy, ConvEnergyConfig, MLPEnergyConfig, build_energy, swish
 from letit_dist.energy.objective import contrastive_loss
 
 
@@ -92,6 +93,73 @@ def test_no_steps_return_the_start(start):
     assert result.energies.shape == (1, 5)
     result.latents.zero_()
     assert start.abs().sum() > 0
+
+
+# Units
+
+
+@pytest.mark.parametrize("unit", [0.05, 7.0])
+@pytest.mark.parametrize("noise_scale", [0.0, 0.6])
+def test_a_unit_scales_the_whole_chain(energy, latents, unit, noise_scale):
+    """With E(z / u), the chain from u z is u times the chain from z of E itself."""
+    energy = energy.double()
+    scaled = build_energy(energy.config.model_copy(update={"latent_unit": unit}), energy.latent_shape).double()
+    scaled.load_state_dict(energy.state_dict())
+    start = latents.double()
+    draws = torch.randn(7, *start.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    chain = sampler(noise_scale=noise_scale)
+    noise = (lambda step: draws[step]) if noise_scale else None
+    expected = chain.sample(energy, start, noise=noise, keep_path=True)
+    found = chain.sample(scaled, unit * start, noise=noise, keep_path=True)
+    torch.testing.assert_close(found.path, unit * expected.path)
+    torch.testing.assert_close(found.latents, unit * expected.latents)
+    torch.testing.assert_close(found.shift, expected.shift)  # already in that unit
+    torch.testing.assert_close(found.energies, expected.energies)
+    assert (expected.latents - start).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("unit", [0.2, 3.0])
+def test_quadratic_energy_in_a_unit(start, unit):
+    """E = k/2 |z / u|^2 shrinks by the same factor a step whatever u is; the shift is counted in u."""
+    k, step = 1.7, 0.3
+    energy = Quadratic(k / unit**2)
+    energy.unit = unit
+    result = sampler(step_size=step).sample(energy, start, keep_path=True)
+    factor = 1 - step * k / 2
+    expected = torch.stack([factor**t * start for t in range(8)])
+    torch.testing.assert_close(result.path, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.shift, k / unit * expected[:-1].abs().sum(0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("noise_scale", [0.0, 0.5])
+def test_a_unit_of_one_changes_no_bit(energy, latents, noise_scale):
+    assert energy.unit == 1.0
+    step = 0.3
+    draws = torch.randn(7, *latents.shape, generator=torch.Generator().manual_seed(3))
+    energy.requires_grad_(False)
+    z, shift = latents.clone(), torch.zeros_like(latents)
+    for t in range(7):
+        z.requires_grad_()
+        (gradient,) = torch.autograd.grad(without_unit(energy, z).sum(), z)
+        z = z.detach() - step / 2 * gradient
+        if noise_scale:
+            z = z + noise_scale * step**0.5 * draws[t]
+        shift += gradient.abs()
+    chain = sampler(step_size=step, noise_scale=noise_scale)
+    result = chain.sample(energy, latents, noise=(lambda t: draws[t]) if noise_scale else None)
+    assert torch.equal(result.latents, z) and torch.equal(result.shift, shift)
+
+
+def without_unit(energy, latents):
+    """The energy with its latents as they are."""
+    if not isinstance(energy, ConvEnergy):
+        return energy.layers(latents.flatten(1)).squeeze(1)
+    stem, blocks, (conv1, conv2, linear) = energy._effective()
+    x = F.conv2d(latents.contiguous(memory_format=torch.channels_last), *stem)
+    for block in blocks:
+        x = Block.run(x, *block)
+    x = swish(F.conv2d(swish(F.conv2d(x, *conv1, padding=1)), *conv2))
+    return F.conv2d(x, *linear).flatten()
 
 
 # Randomness is explicit

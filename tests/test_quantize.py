@@ -140,8 +140,8 @@ def test_restart_takes_the_drawn_rows():
     dead = cold < 2
     assert 0 < dead.sum() < CODES
     draws = rng.generator(5, "codebook restart top", 1)
-    sample = torch.randint(BATCH, (CODES,), generator=draws)
-    location = torch.randint(SIDE * SIDE, (CODES,), generator=draws)
+    drawn = torch.randperm(BATCH * SIDE * SIDE, generator=draws)[:CODES]
+    sample, location = drawn // (SIDE * SIDE), drawn % (SIDE * SIDE)
     quantizer(z, collect=True, place=BatchPlace(5, torch.arange(BATCH), BATCH))
     assert quantizer.update().restarted == dead.sum()
     expected = z.flatten(2)[sample, :, location]
@@ -166,10 +166,19 @@ def test_restart_needs_positions_and_candidates():
         quantizer(maps(step), collect=True)
         assert quantizer.update().restarted == 0
     # A candidate that no rank held (a short last batch) leaves its code alone rather than setting it to zero.
-    quantizer, place = restarting(), BatchPlace(5, torch.arange(BATCH), 10**9)
+    quantizer, place = restarting(), BatchPlace(5, torch.arange(BATCH) + 10**4, 2 * 10**4)
     for step in range(2):
         quantizer(maps(step), collect=True, place=place)
         assert quantizer.update().restarted == 0
+
+
+def test_restarted_codes_are_all_different():
+    """Two codes at one place would tie, and rounding, which differs between ranks, would choose between them."""
+    quantizer = Quantizer(CODES, DIM, restart_below=1e6, restart_every=1, name="top").double()
+    z = maps(3)[:1, :, :2, :2]  # four places for six codes: the rest find no row
+    quantizer(z, collect=True, place=BatchPlace(5, torch.arange(1), 1))
+    assert quantizer.update().restarted == 4
+    assert len(quantizer.embed_avg.unique(dim=0)) == CODES
 
 
 def test_resume_draws_the_same_candidates():

@@ -160,8 +160,10 @@ class Quantizer(nn.Module):
         positions = place.positions.to(rows.device)
         places = len(rows) // len(positions)  # locations in one map
         draws = rng.generator(place.seed, f"codebook restart {self.name}".strip(), self._update_count())
-        sample = torch.randint(place.global_batch, (codes,), generator=draws).to(rows.device)
-        location = torch.randint(places, (codes,), generator=draws).to(rows.device)
+        # Without repetition: two codes at one place would tie, and rounding would choose between them.
+        drawn = torch.randperm(place.global_batch * places, generator=draws)[:codes]
+        drawn = F.pad(drawn, (0, codes - len(drawn)), value=-1).to(rows.device)  # -1: no row left for this code
+        sample, location = drawn.div(places, rounding_mode="floor"), drawn % places
         hits = sample[:, None] == positions[None, :]  # (K, B)
         found = hits.any(1, keepdim=True)
         candidates = rows[hits.to(torch.uint8).argmax(1) * places + location]

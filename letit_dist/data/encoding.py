@@ -106,6 +106,8 @@ def encode_domain(
     Finished folders are recognised, interrupted ones continued. Raises UserError if `out` holds something
     else, if the images are of another size than the autoencoder's, and for an image that cannot be read.
     """
+    if other := [index for index in dataset.indexes if index.kind != "images"]:
+        raise UserError(f"{other[0].folder} holds {other[0].kind}, not images")
     size = dataset.image_size()
     side = autoencoder.config.resolution
     if size != (side, side):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from letit_dist import pretrained
+from letit_dist import pretrained, rng
 from letit_dist.autoencoders.base import Autoencoder, load_autoencoder
 from letit_dist.config import as_tree, parse_config, read_tree
 from letit_dist.energy.langevin import LangevinConfig, LangevinResult, LangevinSampler, Noise
@@ -52,6 +52,14 @@ class Translator:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, *L) to images (B, 3, H, W), without decoder noise."""
         return self.autoencoder.decode(latents)
+
+    def noise(self, seed: int, places: Sequence[int] | Tensor) -> Noise | None:
+        """The chain's noise as a function of (seed, step, place of the sample), so that no batch size changes it;
+        None where the chain has none."""
+        if self.sampler.config.noise_scale == 0:
+            return None
+        shape, device = self.energy.latent_shape, next(self.energy.parameters()).device
+        return lambda step: rng.normal(shape, seed, f"translate {step}", places, device=device)
 
     def transport(
         self,

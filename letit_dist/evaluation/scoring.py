@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from letit_dist import rng
 from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.transforms import to_images
@@ -88,38 +87,28 @@ def score_translations(
     shift = MeanShift.fit(*(_encode(translator, part, batch) for part in domains))
     latents = _encode(translator, pixels, batch)
 
-    def decoded(move: Callable[[Tensor], Tensor]) -> Tensor:
+    def decoded(move: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         parts = []
         with Progress("scoring", len(latents)) as progress:
-            for part in latents.split(batch):
-                parts.append(translator.autoencoder.decode(move(part)).clamp(-1, 1))
-                progress.step(len(part))
+            for places in torch.arange(len(latents)).split(batch):
+                parts.append(translator.autoencoder.decode(move(latents[places], places)).clamp(-1, 1))
+                progress.step(len(places))
         return torch.cat(parts)
-
-    def translated() -> Tensor:
-        if translator.sampler.config.noise_scale == 0:
-            return decoded(lambda z: translator.transport(z).latents)
-        # The noise belongs to the image's place, as in launch/translate.py.
-        places = iter(torch.arange(len(latents)).split(batch))
-
-        def move(z: Tensor) -> Tensor:
-            rows = next(places)
-            return translator.transport(z, noise=lambda step: chain_noise(translator, seed, step, rows)).latents
-
-        return decoded(move)
 
     methods: dict[str, Callable[[], Tensor]] = {
         "real": lambda: to_images(pixels),
-        "reconstruction": lambda: decoded(lambda z: z),
-        "mean shift": lambda: decoded(shift.translate),
-        "translation": lambda: decoded(lambda z: translator.transport(z).latents),
+        "reconstruction": lambda: decoded(lambda z, _: z),
+        "mean shift": lambda: decoded(lambda z, _: shift.translate(z)),
+        "translation": lambda: decoded(
+            lambda z, places: translator.transport(z, noise=translator.noise(seed, places)).latents
+        ),
     }
     rows, images = [], {}
     for name, method in methods.items():
         begun = time.perf_counter()
         result = method()
-        row = {"method": name, **judge_images(judge, result, factors)}
-        row["seconds"] = round(time.perf_counter() - begun, 3)
+        seconds = round(time.perf_counter() - begun, 3)
+        row = {"method": name, **judge_images(judge, result, factors), "seconds": seconds}
         if counterparts is not None:
             row["pair_error"] = float((result - counterparts).square().mean().sqrt())
         row |= {

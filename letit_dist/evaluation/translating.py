@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from letit_dist import rng
 from letit_dist.data.inputs import Images
 from letit_dist.data.progress import Progress
 from letit_dist.data.transforms import to_images
@@ -50,19 +49,13 @@ def translate_all(translator: Translator, images: Images, out: Path, options: Tr
         while batch := list(islice(source, options.batch)):
             names = [name for name, _ in batch]
             pixels = to_images(torch.stack([p for _, p in batch]).to(device))
-            places = range(done, done + len(batch))
-
-            def noise(step: int, places=places) -> torch.Tensor:
-                shape = translator.energy.latent_shape
-                return rng.normal(shape, options.seed, f"translate {step}", places, device=device)
-
             result = translator.translate(
                 pixels,
                 steps=options.steps,
                 step_size=options.step_size,
                 strength=options.strength,
                 keep_path=options.path,
-                noise=noise if translator.sampler.config.noise_scale > 0 else None,
+                noise=translator.noise(options.seed, range(done, done + len(batch))),
             )
             _write(names, result, out, options)
             if options.sheet:

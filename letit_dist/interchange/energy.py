@@ -54,6 +54,8 @@ def export_energy(energy: EnergyModel) -> dict[str, Tensor]:
         raise UserError(f"published energies have leaky_relu only, this one has {energy.config.activation}")
     if not isinstance(energy, (MLPEnergy, ConvEnergy)):
         raise UserError(f"no published form of energies of kind {energy.config.kind!r}")
+    if energy.unit != 1:
+        raise UserError(f"published energies see latents as they are, this one in units of {energy.unit:g}")
     own = energy.state_dict()
     published = {theirs: (_sign(energy, ours) * own[ours]).contiguous() for ours, theirs in _pairs(energy)}
     # Our last unit is a 1x1 convolution, theirs a linear layer.

@@ -86,7 +86,8 @@ class LatentEnergyRecipe(Recipe):
         source = self.latents(batch, "source")
         result = self.transport(source, batch)
         loss, metrics = contrastive_loss(self.energy, self.latents(batch, "target"), result.latents, l2=self.config.l2)
-        moved = (result.latents - source).detach().float().square().mean().sqrt()
+        # Root mean square of each sample first: a root over the microbatch would depend on its size.
+        moved = (result.latents - source).detach().flatten(1).square().mean(1).sqrt().mean()
         return StepResult(loss, {**metrics, "moved": moved})
 
     def samples(self, batch: Batch) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ class LatentEnergyRecipe(Recipe):
         }
 
     def save(self, folder, **extra) -> None:
-        """The energy, with all that a translator must know: whose latents, which chain, the mean shift's size."""
+        """The energy, with all that a translator must know: whose latents, and which chain."""
         self.energy.save_pretrained(
             folder,
             autoencoder_fingerprint=extra.pop("autoencoder_fingerprint"),

@@ -74,7 +74,8 @@ class Trainer:
 
         for module in (recipe, *recipe.companions):
             module.to(accelerator.device, self.dtype)
-            module.to(memory_format=self.memory_format)
+            if not self.deepspeed:  # its flat partitions and its broadcast need row-major weights
+                module.to(memory_format=self.memory_format)
         self.recipe = recipe.train()
         self.average = (
             WeightAverage(recipe, training.ema_half_life, training.ema_warmup) if training.ema_half_life else None

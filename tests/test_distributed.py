@@ -1,0 +1,125 @@
+"""Two processes equal one: the same global batches, weights, codebooks and averages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/debug/vqvae2.yaml"
+TINY = [
+    "autoencoder.resolution=32",
+    "autoencoder.channels=8",
+    "autoencoder.residual_blocks=1",
+    "autoencoder.residual_channels=4",
+    "autoencoder.code_dim=4",
+    "autoencoder.codes=16",
+    "autoencoder.noise=true",
+    "autoencoder.restart_every=5",
+    "recipe.input_noise=0.03",
+    "recipe.optimizer.decay=null",
+    "data.grayscale=0.2",
+    "training.batch=8",
+    "training.ema_half_life=40",
+    "intervals.report=80",
+    "intervals.samples=1000000",
+]
+
+
+def launch(run: Path, shards: Path, *overrides: str, yaml: str | None = None, program="launch/pretrain.py"):
+    """Run the program itself, or under accelerate with one of the shipped files; returns the finished process."""
+    train = f"data.train=[{shards / 'apple/train'}, {shards / 'orange/train'}]"
+    start = [sys.executable, program]
+    if yaml:
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", yaml, program]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [*start, CONFIG, "--run", str(run), train, *TINY, *overrides]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+
+
+def checkpoint(run: Path, name: str) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("images-*"))[-1]
+    return load_file(newest / f"{name}.safetensors")
+
+
+def assert_close(a: dict, b: dict, rtol: float, atol: float) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def started(process) -> None:
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+
+
+STEPS20 = ["training.images=160", "intervals.checkpoint=160"]
+
+
+def test_two_ranks_equal_one_in_float64_after_twenty_steps(tmp_path, fruit_shards):
+    """Weights, codebooks, averages and optimiser state, with noise, restarts and accumulation on."""
+    double = [*STEPS20, "training.precision=fp64"]
+    started(launch(tmp_path / "one", fruit_shards, *double))
+    two = launch(tmp_path / "two", fruit_shards, *double, "training.microbatch=2", yaml="launch/accelerate/cpu2.yaml")
+    started(two)
+    assert "8 = 2 ranks x 2 images x 2 accumulation" in two.stdout
+    for name in ("model", "average", "optimizer"):
+        one = checkpoint(tmp_path / "one", name)
+        assert any(value.dtype == torch.float64 for value in one.values())
+        assert_close(checkpoint(tmp_path / "two", name), one, rtol=1e-9, atol=1e-9)
+    embeds = [value for name, value in checkpoint(tmp_path / "one", "model").items() if name.endswith("embed")]
+    assert embeds and all(value.std() > 0 for value in embeds)
+
+
+def test_first_gradients_of_two_ranks_equal_one_in_float32(tmp_path, fruit_shards):
+    """After one step Adam's first moment is (1 - beta1) times the gradient: later weights are no fair test."""
+    first = ["training.images=8", "intervals.checkpoint=8", "intervals.report=8"]
+    started(launch(tmp_path / "one", fruit_shards, *first))
+    started(launch(tmp_path / "two", fruit_shards, *first, yaml="launch/accelerate/cpu2.yaml"))
+    one, two = (checkpoint(tmp_path / run, "optimizer") for run in ("one", "two"))
+    gradients = [name for name in one if name.startswith("exp_avg/")]
+    assert len(gradients) > 20
+    for name in gradients:
+        scale = float(one[name].abs().max())
+        assert scale > 0, f"{name} got no gradient"
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_deepspeed_trains_like_ddp_and_resumes(tmp_path, fruit_shards):
+    """ZeRO-1 on two processes: float32 noise away from DDP; stopped half-way and resumed, equal to itself."""
+    pytest.importorskip("deepspeed")
+    short = ["training.images=80", "intervals.checkpoint=40", "training.microbatch=2"]
+    started(launch(tmp_path / "ddp", fruit_shards, *short, yaml="launch/accelerate/cpu2.yaml"))
+    started(launch(tmp_path / "ds", fruit_shards, *short, yaml="launch/accelerate/deepspeed_cpu2.yaml"))
+    whole = checkpoint(tmp_path / "ds", "model")
+    assert_close(whole, checkpoint(tmp_path / "ddp", "model"), rtol=1e-3, atol=1e-4)
+
+    newest = sorted((tmp_path / "ds" / "checkpoints").glob("images-*"))[-1]
+    newest.rename(tmp_path / "aside")  # what a kill between the two checkpoints leaves behind
+    again = launch(tmp_path / "ds", fruit_shards, *short, yaml="launch/accelerate/deepspeed_cpu2.yaml")
+    started(again)
+    assert "resumed at 40 of 80 images" in again.stdout
+    assert_close(checkpoint(tmp_path / "ds", "model"), whole, rtol=0, atol=0)
+
+
+def test_a_run_continues_on_another_number_of_ranks(tmp_path, fruit_shards):
+    """Half the run on two ranks, the rest on one: equal to one rank throughout, in float64."""
+    double = [*STEPS20, "training.precision=fp64"]
+    started(launch(tmp_path / "one", fruit_shards, *double))
+    half = ["training.precision=fp64", "training.images=160", "intervals.checkpoint=80"]
+    started(launch(tmp_path / "two", fruit_shards, *half, yaml="launch/accelerate/cpu2.yaml"))
+    sorted((tmp_path / "two" / "checkpoints").glob("images-*"))[-1].rename(tmp_path / "aside")
+    again = launch(tmp_path / "two", fruit_shards, *half)
+    started(again)
+    assert "resumed at 80 of 160 images" in again.stdout
+    assert_close(checkpoint(tmp_path / "two", "model"), checkpoint(tmp_path / "one", "model"), rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path, fruit_shards):
+    process = launch(tmp_path / "run", fruit_shards, "training.batch=7", yaml="launch/accelerate/cpu2.yaml")
+    assert process.returncode != 0
+    assert "training.batch: 7 images do not divide over 2 ranks (try 6 or 8)" in process.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,187 @@
+import json
+import os
+import platform
+import runpy
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, stats_of
+
+from letit_dist.config import PretrainConfig, parse_config
+from letit_dist.errors import UserError
+from letit_dist.training.run import environment, open_run
+
+
+def config(**changes):
+    tree = {
+        "autoencoder": {"kind": "vqvae2", "resolution": 32, "channels": 8, "code_dim": 4, "codes": 16},
+        "recipe": {"kind": "vqvae2", "optimizer": {"learning_rate": 1e-5, "eps": 1e-8}},
+        "data": {"train": ["shards/a"]},
+        "training": {"images": 10**7, "batch": 8},
+        "intervals": {"report": 8, "samples": 80, "checkpoint": 80},
+    }
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[key] = value
+    return parse_config(PretrainConfig, tree)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_run_folder_says_what_runs_and_where(tmp_path):
+    open_run(tmp_path / "a/b", config())
+    folder = tmp_path / "a/b"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "environment.json"]
+    assert parse_config(PretrainConfig, yaml.safe_load((folder / "config.yaml").read_text())) == config()
+    found = json.loads((folder / "environment.json").read_text())
+    assert found["torch"] == torch.__version__ and found["python"] == platform.python_version()
+    assert found["ranks"] == 1 and found["accelerate"] and "commit" in found
+    assert set(found) == set(environment())
+
+
+def test_the_same_configuration_is_welcome_again(tmp_path):
+    open_run(tmp_path, config())
+    (tmp_path / "stats.jsonl").write_text("{}\n")
+    open_run(tmp_path, config())
+    assert (tmp_path / "stats.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data__workers": 7},
+        {"training__microbatch": 4},
+        {"intervals": {"report": 1, "samples": 2, "checkpoint": 3, "keep": 4}},
+    ],
+    ids=str,
+)
+def test_what_changes_no_result_may_change(tmp_path, change):
+    open_run(tmp_path, config())
+    open_run(tmp_path, config(**change))
+    assert parse_config(PretrainConfig, yaml.safe_load((tmp_path / "config.yaml").read_text())) == config(**change)
+
+
+def test_another_configuration_is_refused_with_all_differences_and_touches_nothing(tmp_path):
+    open_run(tmp_path, config())
+    before = contents(tmp_path)
+    other = config(
+        recipe__optimizer={"learning_rate": 2e-5}, training__batch=16, data__train=["shards/b"], data__workers=0
+    )
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path, other)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{tmp_path} belongs to another configuration; name another folder with --run, or undo:"
+    assert lines[1:] == [
+        "  recipe.optimizer.learning_rate: 1e-05 -> 2e-05",
+        "  data.train: ['shards/a'] -> ['shards/b']",
+        "  training.batch: 8 -> 16",
+    ]
+    assert contents(tmp_path) == before
+
+
+def test_the_folder_of_something_else_is_refused_and_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("all my work")
+    with pytest.raises(UserError, match=r"is not empty and is no run folder \(no config.yaml\)"):
+        open_run(tmp_path, config())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match=r"thesis.tex is a file, expected a run folder"):
+        open_run(tmp_path / "thesis.tex", config())
+
+
+def test_an_empty_folder_and_hidden_files_are_no_obstacle(tmp_path):
+    (tmp_path / ".nfs0001").write_text("")
+    open_run(tmp_path, config())
+    assert (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [", b"\xff\xfe\xfa"], ids=["empty", "list", "broken", "bytes"])
+def test_a_config_that_cannot_be_read_is_an_error_of_its_own(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config.yaml cannot be read: name another run folder"):
+        open_run(tmp_path, config())
+    assert (tmp_path / "config.yaml").read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_made_is_a_plain_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write into the run folder .*file/run: Not a directory"):
+        open_run(tmp_path / "file/run", config())
+
+
+@pytest.fixture
+def program(fruit_shards, fresh_accelerate, tmp_path):
+    """program(*overrides): launch/pretrain.py in this process, at toy size, into tmp_path/run."""
+    tree = json.loads(config(data__train=[str(fruit_shards / "apple/train")]).model_dump_json())
+    tree["training"]["images"], tree["data"]["workers"] = 24, 0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    main = runpy.run_path(os.fspath(ROOT / "launch/pretrain.py"))["main"]
+
+    def run(*overrides):
+        fresh_accelerate()
+        return main([str(tmp_path / "config.yaml"), "--run", str(tmp_path / "run"), *overrides])
+
+    return run
+
+
+def test_a_finished_run_holds_everything_and_is_left_alone(program, tmp_path, capsys):
+    assert program() == 0
+    run, end = tmp_path / "run", f"images-{24:012d}"
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    kept = {f"checkpoints/{end}/{name}" for name in
+            ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")}  # fmt: skip
+    assert found == kept | {
+        "config.yaml",
+        "environment.json",
+        "stats.jsonl",
+        f"samples/images-{0:012d}.png",
+        f"samples/{end}.png",
+        f"export/{end}/config.json",
+        f"export/{end}/model.safetensors",
+    }
+    assert [line["images_seen"] for line in stats_of(run)] == [8, 16, 24]
+    assert capsys.readouterr().out.startswith("batch: 8 = 1 rank x 8 images x 1 accumulation\n")
+
+    before = contents(run)
+    assert program() == 0
+    after = contents(run)
+    assert {path.name for path in before if before[path] != after.get(path)} <= {"environment.json"}
+    assert "complete: 24 of 24 images" in capsys.readouterr().out
+
+
+def test_an_export_that_was_lost_is_written_again(program, tmp_path):
+    program()
+    weights = tmp_path / "run/export" / f"images-{24:012d}/model.safetensors"
+    before = weights.read_bytes()
+    for path in weights.parent.iterdir():
+        path.unlink()
+    weights.parent.rmdir()
+    assert program() == 0
+    assert weights.read_bytes() == before
+
+
+def test_the_program_refuses_another_configuration_in_the_same_folder(program, tmp_path, capsys):
+    program("training.images=8")
+    before = contents(tmp_path / "run")
+    assert program("training.images=8", "training.seed=1") == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1] == "error:   training.seed: 0 -> 1" and all(line.startswith("error: ") for line in err)
+    assert contents(tmp_path / "run") == before
+
+
+def test_check_runs_nothing(program, tmp_path, capsys):
+    assert program("--check", "training.microbatch=2") == 0
+    out = capsys.readouterr().out
+    assert "# batch: 8 = 1 rank x 2 images x 4 accumulation" in out and "# steps: 3" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_of_another_size_are_refused_before_anything_is_written(program, tmp_path, capsys):
+    assert program("autoencoder.resolution=64") == 2
+    assert "data.train holds images of 32x32, autoencoder.resolution is 64" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

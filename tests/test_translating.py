@@ -1,0 +1,231 @@
+"""Many images into a folder, and the ways from folders to a translator."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from plain_autoencoders import Pixels
+
+from letit_dist.autoencoders.base import build_autoencoder
+from letit_dist.data.inputs import open_images
+from letit_dist.data.transforms import decode, to_images, to_pixels
+from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
+from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.translate import Translator, choose_translator, open_translator
+from letit_dist.errors import UserError
+from letit_dist.evaluation.translating import TranslateOptions, translate_all
+from letit_dist.pretrained import find_folder
+from letit_dist.registry import AUTOENCODERS
+
+CHAIN = {"steps": 3, "step_size": 2.0}
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    torch.manual_seed(0)
+    return build_autoencoder(AUTOENCODERS.get("vqvae2").tiny).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def energy(autoencoder):
+    torch.manual_seed(1)
+    return build_energy(MLPEnergyConfig(hidden=16), autoencoder.latent_shape).requires_grad_(False)
+
+
+def translator_of(autoencoder, energy, **changed):
+    return Translator(autoencoder, energy, LangevinSampler(LangevinConfig(**{**CHAIN, **changed})))
+
+
+def painter(**changed):
+    """A translator whose latents are the pixels, and whose steps show in them."""
+    torch.manual_seed(1)
+    energy = build_energy(MLPEnergyConfig(hidden=64), (3, 16, 16)).requires_grad_(False)
+    return translator_of(Pixels(16), energy, **{"step_size": 10.0, **changed})
+
+
+@pytest.fixture(scope="module")
+def apples(fruit_shards):
+    return fruit_shards / "apple/test"
+
+
+def translate(translator, source, out, limit=None, **options):
+    return list(translate_all(translator, open_images(source, 16, limit), out, TranslateOptions(**options)))
+
+
+def pixels_of(folder):
+    return {path.name: decode(path.read_bytes()) for path in sorted(folder.glob("*.png"))}
+
+
+def test_each_image_is_written_under_its_name(apples, tmp_path):
+    translator = painter()
+    lines = translate(translator, apples, tmp_path / "out", batch=3)
+    assert lines == [f"8 translations in {tmp_path / 'out'}"]
+    found = pixels_of(tmp_path / "out")
+    names, pixels = zip(*open_images(apples, 16), strict=True)
+    assert list(found) == [f"{name}.png" for name in names]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(found)
+    expected = to_pixels(translator.translate(to_images(torch.stack(pixels))).images)
+    unmoved = to_pixels(translator.translate(to_images(torch.stack(pixels)), steps=0).images)
+    for image, other in zip(found.values(), expected, strict=True):
+        assert (image.int() - other.int()).abs().max() <= 1
+    assert (expected.int() - unmoved.int()).abs().float().mean() > 2
+
+
+def test_noise_belongs_to_the_place_and_the_seed(apples, tmp_path):
+    noisy = painter(noise_scale=0.1)
+    for name, batch, seed in (("a", 8, 0), ("b", 3, 0), ("c", 8, 1)):
+        translate(noisy, apples, tmp_path / name, batch=batch, seed=seed)
+    translate(noisy, apples, tmp_path / "few", limit=2)
+    a, b, c, few = (pixels_of(tmp_path / name) for name in ("a", "b", "c", "few"))
+    for name in a:
+        assert (a[name].int() - b[name].int()).abs().max() <= 1
+        assert (a[name].int() - c[name].int()).abs().max() > 1
+    assert all((a[name].int() - few[name].int()).abs().max() <= 1 for name in few) and len(few) == 2
+    assert painter().noise(0, range(3)) is None
+
+
+def test_paths_have_a_frame_a_step(apples, tmp_path):
+    translate(painter(), apples, tmp_path / "out", limit=2, path=True, strength=0.5)
+    translate(painter(), apples, tmp_path / "still", limit=1, path=True, strength=0)
+    for picture in (tmp_path / "out").glob("*.png"):
+        with Image.open(tmp_path / "out/paths" / f"{picture.stem}.gif") as animation:
+            assert animation.n_frames == 3  # the start, one step, and half of the second
+            assert animation.info["loop"] == 0
+            durations = []
+            for frame in range(3):
+                animation.seek(frame)
+                durations.append(animation.info["duration"])
+            assert durations == [120, 120, 1000]
+        with Image.open(tmp_path / "out/paths" / picture.name) as strip:
+            assert strip.size == (3 * 96 + 2 * 3, 96)
+    [strip] = (tmp_path / "still/paths").glob("*.png")
+    assert Image.open(strip).size == (96, 96) and strip.with_suffix(".gif").exists()
+
+
+def test_sheets_hold_eight_columns(apples, tmp_path):
+    lines = translate(painter(), apples, tmp_path / "eight", sheet=True, batch=3)
+    assert lines[1] == f"sheets: {tmp_path / 'eight/sheets/sheet-0000.png'}"
+    with Image.open(tmp_path / "eight/sheets/sheet-0000.png") as sheet:
+        assert sheet.height == 3 * 99 + 3  # source, reconstruction, translation
+        columns = [sheet.crop((sheet.width - 99 * i, 3, sheet.width - 99 * i + 96, 99)) for i in range(8, 0, -1)]
+        rows = [sheet.crop((sheet.width - 99, 3 + 99 * i, sheet.width - 3, 99 + 99 * i)) for i in range(3)]
+    names, pixels = zip(*open_images(apples, 16), strict=True)
+    for column, source in zip(columns, pixels, strict=True):
+        small = column.resize((16, 16), Image.Resampling.NEAREST)
+        assert small.tobytes() == source.permute(1, 2, 0).contiguous().numpy().tobytes()
+    result = Image.open(tmp_path / "eight" / f"{names[-1]}.png")
+    assert rows[2].resize((16, 16), Image.Resampling.NEAREST).tobytes() == result.tobytes()
+    assert rows[1].tobytes() == rows[0].tobytes() != rows[2].tobytes()  # nothing is lost here by encoding
+
+
+def test_formats(apples, tmp_path):
+    translator = painter()
+    translate(translator, apples, tmp_path / "jpg", limit=1, format="jpg")
+    translate(translator, apples, tmp_path / "png", limit=1)
+    [jpg], [png] = (tmp_path / "jpg").iterdir(), (tmp_path / "png").iterdir()
+    assert jpg.suffix == ".jpg" and Image.open(jpg).format == "JPEG"
+    assert (decode(jpg.read_bytes()).int() - decode(png.read_bytes()).int()).abs().float().mean() < 5
+
+
+def test_nothing_is_written_for_wrong_settings(apples, tmp_path):
+    with pytest.raises(UserError, match="strength"):
+        translate(painter(), apples, tmp_path / "out", strength=2)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        translate(painter(), apples, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# Folders
+
+
+@pytest.fixture
+def runs(autoencoder, energy, tmp_path):
+    """Run folders as the programs leave them: an autoencoder, and an energy a direction."""
+    autoencoder.save_pretrained(tmp_path / "pretrain/export/images-000000000064")
+    (tmp_path / "pretrain/config.yaml").write_text("autoencoder: {kind: vqvae2}\n")
+    for source, target in (("apple", "orange"), ("orange", "apple")):
+        folder = tmp_path / f"{source}2{target}"
+        extra = {"autoencoder_fingerprint": autoencoder.fingerprint(), "langevin": CHAIN}
+        energy.save_pretrained(folder / "export/images-000000000064", **extra, source=source, target=target)
+        (folder / "config.yaml").write_text(f"autoencoder: {tmp_path / 'pretrain'}\n")
+    return tmp_path
+
+
+def test_find_folder(runs, autoencoder):
+    newest = runs / "pretrain/export/images-000000000128"
+    autoencoder.save_pretrained(newest)
+    assert find_folder(runs / "pretrain") == newest
+    assert find_folder(str(newest)) == newest
+    assert find_folder(runs / "nowhere") == runs / "nowhere"  # whoever reads it says that it is not there
+    # Notes, and what a killed export leaves behind, are no exports.
+    (runs / "pretrain/export/notes.txt").touch()
+    (runs / "pretrain/export/images-000000000999").mkdir()
+    shutil.copytree(newest, runs / "pretrain/export/.images-000000000256.writing-7")
+    assert find_folder(runs / "pretrain") == newest
+    shutil.rmtree(newest)
+    shutil.rmtree(runs / "pretrain/export/images-000000000064")
+    with pytest.raises(UserError, match="the run has not finished, start it again"):
+        find_folder(runs / "pretrain")
+    (runs / "pretrain/config.yaml").unlink()
+    with pytest.raises(UserError, match=r"neither weights .* nor a run folder"):
+        find_folder(runs / "pretrain")
+
+
+def test_a_run_names_its_autoencoder(runs, autoencoder, energy):
+    images = torch.rand(1, 3, 16, 16)
+    expected = translator_of(autoencoder, energy).translate(images).images
+    export = runs / "apple2orange/export/images-000000000064"
+    for arguments in (
+        [runs / "apple2orange"],
+        [str(export), str(runs / "pretrain")],
+        [runs / "apple2orange", runs / "pretrain/export/images-000000000064"],
+    ):
+        opened = open_translator(*arguments)
+        assert opened.sampler.config.steps == 3
+        assert torch.equal(opened.translate(images).images, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"is no run folder \(no config.yaml\): name its autoencoder with --autoencoder"),
+        ("autoencoder: nowhere\n", r"config.yaml: its autoencoder nowhere is not there: name it with --autoencoder"),
+        ("autoencoder: {kind: vqvae2}\n", "is no run of launch/train_energy.py"),
+        ("energy: {kind: mlp}\n", "is no run of launch/train_energy.py"),
+    ],
+)
+def test_a_run_that_names_no_autoencoder(runs, config, message):
+    path = runs / "apple2orange/config.yaml"
+    path.unlink()
+    if config:
+        path.write_text(config)
+    with pytest.raises(UserError, match=message):
+        open_translator(runs / "apple2orange")
+    assert open_translator(runs / "apple2orange", runs / "pretrain")
+
+
+def test_no_energy_there(runs):
+    for autoencoder in (None, runs / "pretrain"):
+        with pytest.raises(UserError, match=r"no such energy: .*nowhere"):
+            open_translator(runs / "nowhere", autoencoder)
+    with pytest.raises(UserError, match="unknown energy kind 'vqvae2'"):
+        open_translator(runs / "pretrain/export/images-000000000064", runs / "pretrain")
+
+
+def test_choosing_by_the_domain(runs):
+    both = [str(runs / "apple2orange"), str(runs / "orange2apple")]
+    assert choose_translator(both, None, "apple").energy.extra["source"] == "orange"
+    assert choose_translator(both, None, "orange").energy.extra["source"] == "apple"
+    assert choose_translator(both[:1], None, None).energy.extra["target"] == "orange"
+    assert choose_translator(both[:1], None, "orange").energy.extra["target"] == "orange"
+    for energies, to, message in (
+        (both, None, "one of: orange, apple$"),
+        (both, "pear", "one of: orange, apple; got 'pear'$"),
+        (both[:1], "apple", "one of: orange; got 'apple'$"),
+        ([both[0], both[0]], "orange", "2 of the energies go there"),
+        ([both[0], both[0]], None, "one of: orange, orange$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose_translator(energies, None, to)
