@@ -16,7 +16,7 @@ prepare_environment
 begun=$SECONDS
 step() { echo; echo "== $1 ($((SECONDS - begun)) s)"; }
 threads="$(python -c 'import os; print(len(os.sched_getaffinity(0)))')"
-one=(accelerate launch --config_file launch/accelerate/one.yaml --num_cpu_threads_per_process "$threads")
+one=(accelerate launch --quiet --config_file launch/accelerate/one.yaml --num_cpu_threads_per_process "$threads")
 
 step "1/6 drawing and packing apples and oranges"
 python shards/pack.py builtin:fruit --out "$run/shards" --resolution 64 --count 1200 --test 256 --workers 2

@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# Before torch is imported, here and in the programs that tests start: threads of tiny models only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def fruit_shards(tmp_path_factory) -> Path:

@@ -35,11 +35,11 @@ TINY = (
 TINY_ENERGY = (
     "recipe.langevin.steps=3",
     "recipe.optimizer.decay=null",
-    "training.images=64",
+    "training.images=256",
     "training.batch=16",
-    "intervals.report=32",
-    "intervals.samples=64",
-    "intervals.checkpoint=32",
+    "intervals.report=128",
+    "intervals.samples=256",
+    "intervals.checkpoint=128",
 )
 
 

@@ -72,7 +72,7 @@ def test_the_codebooks_of_this_test_are_used(vqvae2, apples):
 
 def test_codes_are_those_of_each_image(vqvae2, apples, tmp_path):
     line = encode_domain(vqvae2, apples, tmp_path / "out", options())
-    assert line == f"{tmp_path / 'out'}: 8 images of apple x 1 views as codes, autoencoder {vqvae2.fingerprint()}"
+    assert line == f"{tmp_path / 'out'}: 8 images of apple x 1 view as codes, autoencoder {vqvae2.fingerprint()}"
     latents = LatentSet.open(tmp_path / "out", autoencoder_fingerprint=vqvae2.fingerprint())
     assert latents.kind == "codes" and {field.dtype for field in latents.fields.values()} == {torch.uint8}
     assert latents.keys == [apples.key(i) for i in range(8)]

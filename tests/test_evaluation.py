@@ -292,8 +292,8 @@ def test_a_kept_judge_is_used_for_the_same_data_and_settings_only(examples, data
     for changed in ({"seed": 1}, {"steps": 2}, {"examples": exchanged}):
         other = state(**changed)
         assert not torch.equal(other["classifier.0.weight"], first["classifier.0.weight"])
-    again = state()
-    assert all(torch.equal(first[name], again[name]) for name in first)
+        again = state()
+        assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 # Scores
@@ -405,6 +405,14 @@ def test_scores_need_the_factors_of_the_judge(judge, examples, tmp_path):
     plain = pack(tmp_path / "plain", "apple", contents(3, 0), factors=False)
     with pytest.raises(UserError, match="--test has the factors none, --train has background_brightness, "):
         score_translations(Perfect(None), judge, examples, plain)
+
+
+def test_scores_need_images_of_the_right_size(judge, examples, data, tmp_path):
+    small = pack(tmp_path / "small", "apple", contents(3, 0), side=32)
+    with pytest.raises(UserError) as error:
+        score_translations(Perfect(None), judge, examples, small, small)
+    line = "holds images of 32x32, the autoencoder takes 64x64"
+    assert str(error.value).splitlines() == [f"--test {line}", f"--pairs {line}"]
 
 
 # Tables

@@ -165,7 +165,7 @@ def test_an_energy_a_direction(chain, direction):
         "langevin": {"steps": 3, "step_size": 20.0, "noise_scale": 0.0},
         "source": source,
         "target": target,
-        "images_seen": 64,
+        "images_seen": 256,
     }
     assert energy.latent_shape == autoencoder.latent_shape
     assert energy.unit == measure_unit(autoencoder, *(LatentSet.open(chain.latents(style)) for style in direction))
@@ -175,8 +175,9 @@ def test_an_energy_a_direction(chain, direction):
     assert table[0] == ["method", "energy", "kernel_distance", "samples"]
     assert [row[0] for row in table[2:]] == ["source", "mean shift", "translation", "target itself"]
     assert [row[3] for row in table[2:]] == ["72", "72", "72", "36"]
-    energies = {row[0]: float(row[1]) for row in table[2:]}
-    assert energies["translation"] < energies["source"]
+    energies, distances = ({row[0]: float(row[column]) for row in table[2:]} for column in (1, 2))
+    assert energies["target itself"] < energies["source"] and energies["translation"] < energies["source"]
+    assert distances["translation"] < 0.5 * distances["source"]
 
 
 def test_both_directions_differ(chain):
@@ -313,7 +314,7 @@ def test_scores(chain, tmp_path):
     energy = load_energy(find_folder(chain.energy()))
     for row in rows:
         assert (row["samples"], row["seed"], row["source"], row["target"]) == (8, 0, "apple", "orange")
-        assert row["energy"] == energy.fingerprint() and row["images_seen"] == 64
+        assert row["energy"] == energy.fingerprint() and row["images_seen"] == 256
         assert 0 <= row["target_accuracy"] <= 1 and row["content_error"] >= 0 and "pair_error" not in row
         assert {f"error_{name}" for name in ("x", "y", "size")} <= set(row)
     first = done.out.splitlines()[0]

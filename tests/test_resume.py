@@ -1,5 +1,6 @@
 """A run that is stopped or killed, and started again, is the run that was not."""
 
+import multiprocessing
 import os
 import runpy
 import signal
@@ -13,7 +14,19 @@ import yaml
 from conftest import ROOT, SignalFeed, assert_equal, everything, stats_of, tiny_energy_trainer, tiny_trainer
 from safetensors.torch import load_file
 
+from letit_dist.config import ImagesConfig
+from letit_dist.training.feeds import ImageFeed
 from letit_dist.training.trainer import STOPPED
+
+
+@pytest.fixture(autouse=True)
+def harmless_signals():
+    """A signal that the trainer does not answer fails its test, and does not end all of them."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=["vqvae2", "latent_energy"])
@@ -59,6 +72,29 @@ def test_other_signals_stop_as_well_and_handlers_come_back(fruit_shards, fresh_a
     assert trainer.train() == STOPPED
     assert signal.getsignal(number) is before
     assert trainer.store.latest().images_seen == trainer.images_seen == 16
+
+
+class GroupFeed(SignalFeed):
+    """Sends SIGTERM from another process to this one and to its loader processes: what Slurm and torchrun do."""
+
+    def batches(self, *place):
+        for count, batch in enumerate(self.feed.batches(*place)):
+            if count == self.after:
+                everyone = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+                assert len(everyone) == 2
+                subprocess.run(["sh", "-c", f"kill -TERM {' '.join(map(str, everyone))}"], check=True)
+                time.sleep(0.5)
+            yield batch
+
+
+@pytest.mark.xfail(strict=True, reason="data/reader.py: loader processes do not outlive a SIGTERM to the group")
+def test_a_signal_to_the_whole_process_group_stops_as_well(fruit_shards, fresh_accelerate, tmp_path):
+    images = ImageFeed(ImagesConfig(train=(str(fruit_shards / "apple/train"),), workers=1, grayscale=0.3), seed=7)
+    part = tiny_trainer(tmp_path / "parts", fruit_shards, feed=lambda feed: GroupFeed(images, 3, signal.SIGTERM))
+    assert part.train() == STOPPED and part.images_seen == 32
+    again, whole = (tiny_trainer(tmp_path / name, fruit_shards) for name in ("parts", "whole"))
+    assert (again.train(), whole.train()) == (0, 0)
+    assert_equal(everything(again), everything(whole))
 
 
 def test_a_second_ctrl_c_ends_at_once(fruit_shards, fresh_accelerate, tmp_path):
@@ -120,8 +156,8 @@ def test_the_same_command_after_kill_9_gives_the_run_that_was_never_killed(fruit
         },
         "recipe": {"input_noise": 0.1},
         "data": {"train": [str(fruit_shards / "orange/train")], "workers": 0, "grayscale": 0.2},
-        "training": {"images": 400, "batch": 8, "ema_half_life": 100},
-        "intervals": {"report": 40, "samples": 400, "checkpoint": 8},
+        "training": {"images": 240, "batch": 8, "ema_half_life": 100},
+        "intervals": {"report": 40, "samples": 240, "checkpoint": 8},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -135,7 +171,7 @@ def test_the_same_command_after_kill_9_gives_the_run_that_was_never_killed(fruit
     lines, checkpoints = killed / "stats.jsonl", killed / "checkpoints"
 
     def saving():
-        return lines.exists() and 'seen": 80,' in lines.read_text() and list(checkpoints.glob(".*.writing"))
+        return lines.exists() and 'seen": 40,' in lines.read_text() and list(checkpoints.glob(".*.writing"))
 
     wait_for(saving, process)
     process.kill()
@@ -146,11 +182,11 @@ def test_the_same_command_after_kill_9_gives_the_run_that_was_never_killed(fruit
     program = runpy.run_path(str(ROOT / "launch/pretrain.py"))["main"]
     assert program([*arguments(killed), "data.workers=1"]) == 0
     fresh_accelerate()
-    assert program([*arguments(whole), "intervals.checkpoint=400"]) == 0
+    assert program([*arguments(whole), "intervals.checkpoint=240"]) == 0
     for name in ("model", "average", "optimizer"):
-        saved = f"checkpoints/images-{400:012d}/{name}.safetensors"
+        saved = f"checkpoints/images-{240:012d}/{name}.safetensors"
         assert_equal(load_file(killed / saved), load_file(whole / saved))
     assert stats_of(killed) == stats_of(whole)
-    exported = f"export/images-{400:012d}/model.safetensors"
+    exported = f"export/images-{240:012d}/model.safetensors"
     assert (killed / exported).read_bytes() == (whole / exported).read_bytes()
     assert not list(checkpoints.glob(".*"))

@@ -95,11 +95,13 @@ class TwoNets(Recipe):
     def step(self, phase, batch):
         colours = batch.data["images"].mean((2, 3))
         self.seen.append((phase, batch.images_seen, self.a.weight.detach().clone(), self.b.weight.detach().clone()))
-        return StepResult(self.b(self.a(colours)).square().mean(), {f"saw_{phase}": torch.tensor(1.0)})
+        loss = self.b(self.a(colours)).square().mean()
+        if phase == "first":
+            self.gradients += torch.autograd.grad(loss, self.a.weight, retain_graph=True)
+        return StepResult(loss, {f"saw_{phase}": torch.tensor(1.0)})
 
     def after_batch(self, batch):
         self.seen.append(("after", batch.images_seen, self.a.weight.detach().clone(), self.b.weight.detach().clone()))
-        self.gradients.append(self.a.weight.grad.clone())
         return {"after": 2.0}
 
     def samples(self, batch):
@@ -155,13 +157,13 @@ def test_phases_go_on_in_their_rhythm_after_a_resume(two_nets):
     assert torch.equal(again.recipe.seen[-1][2], last[2]) and torch.equal(again.recipe.seen[-1][3], last[3])
 
 
-def test_the_rate_of_a_batch_is_that_of_its_first_image(two_nets):
+def test_a_batch_is_one_step_of_descent_at_the_rate_of_its_first_image(two_nets):
     trainer = two_nets(images=16, warmup=10, kind="sgd", intervals={"report": 4})
     rates = [0.1 * min(1, (images + 1) / 10) for images in (0, 4, 8, 12)]
     trainer.train()
     assert [line["learning_rate"] for line in stats_of(trainer.run)] == pytest.approx(rates)
     weights = [a for phase, _, a, _ in trainer.recipe.seen if phase == "first"]
-    for batch in (1, 2):  # in batch 0 the second phase came after, and left gradients of its own
+    for batch in range(3):
         moved = weights[batch] - weights[batch + 1]
         assert moved.abs().max() > 1e-4
         torch.testing.assert_close(moved, rates[batch] * trainer.recipe.gradients[batch], atol=1e-7, rtol=0)
@@ -220,9 +222,11 @@ def test_without_an_average_the_weights_are_the_result(fruit_shards, fresh_accel
     assert trainer.average is None and trainer.trained is trainer.recipe
 
 
-def test_pictures_leave_the_training_as_it_was(fruit_shards, fresh_accelerate, tmp_path):
-    often = tiny_trainer(tmp_path / "often", fruit_shards, training={"images": 48}, intervals={"samples": 8})
-    never = tiny_trainer(tmp_path / "never", fruit_shards, training={"images": 48})
+@pytest.mark.parametrize("ema", [100.0, None])
+def test_pictures_leave_the_training_as_it_was(fruit_shards, fresh_accelerate, tmp_path, ema):
+    training = {"images": 48, "ema_half_life": ema}
+    often = tiny_trainer(tmp_path / "often", fruit_shards, training=training, intervals={"samples": 8})
+    never = tiny_trainer(tmp_path / "never", fruit_shards, training=training)
     often.train()
     never.train()
     for name, value in everything(never).items():
@@ -266,6 +270,17 @@ def test_every_division_into_ranks_gives_the_same_global_batches(fruit_shards):
     assert torch.equal(take(feed, 1, 24, 8, 0, 1)[0].data["images"], whole[1].data["images"])
     assert -1 <= whole[0].data["images"].min() < whole[0].data["images"].max() <= 1
     assert feed.image_size == (32, 32)
+
+
+def test_images_are_augmented_as_configured(fruit_shards):
+    plain, flipped, grey = (
+        take(images_feed(fruit_shards, flip=flip, grayscale=share), 1, 0, 24, 0, 1)[0].data["images"]
+        for flip, share in ((False, 0.0), (True, 0.0), (False, 1.0))
+    )
+    mirrored = [torch.equal(b, a.flip(-1)) for a, b in zip(plain, flipped, strict=True)]
+    kept = [torch.equal(b, a) for a, b in zip(plain, flipped, strict=True)]
+    assert 0 < sum(mirrored) < 24 and sum(mirrored) + sum(kept) == 24
+    assert torch.equal(grey[:, 0], grey[:, 1]) and not torch.equal(plain[:, 0], plain[:, 1])
 
 
 def test_the_preview_is_spread_over_the_data_and_not_augmented(fruit_shards):

@@ -156,7 +156,8 @@ def encode_domain(
                         fields = {field: values[row] for field, values in encoded[name].items()}
                         writer.write(dataset.key(sample), fields, json_data=dataset.json(sample), view=name)
             progress.step(last // len(views) - progress.done)
-    return f"{out}: {len(dataset)} images of {meta['domain']} x {len(views)} views as {kind}, autoencoder {fingerprint}"
+    each = "1 view" if len(views) == 1 else f"{len(views)} views"
+    return f"{out}: {len(dataset)} images of {meta['domain']} x {each} as {kind}, autoencoder {fingerprint}"
 
 
 def _encode(autoencoder: Encoder, pixels: Tensor, device: torch.device | str) -> dict[str, Tensor]:
