@@ -178,7 +178,7 @@ def _merge(into: Tree, tree: Tree, origins: Origins, origin: str, prefix: tuple[
         below = into.get(key)
         if isinstance(value, dict) and isinstance(below, dict):
             # Another kind is another schema: what the base said about the old one no longer applies.
-            if "kind" in value and "kind" in below and value["kind"] != below["kind"]:
+            if len(at) == 1 and "kind" in value and "kind" in below and value["kind"] != below["kind"]:
                 below = into[key] = {}
             _merge(below, value, origins, origin, at)
         elif isinstance(value, dict):

@@ -81,7 +81,7 @@ def write_folder(folder: str | Path, tree: Tree, tensors: Mapping[str, Tensor], 
         for path in (beside / WEIGHTS, beside / CONFIG, beside):
             _flush(path)
         _swap_in(beside, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise UserError(f"cannot write weights to {folder}: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -23,6 +23,7 @@ TINY = (
     "autoencoder.residual_channels=8",
     "autoencoder.code_dim=8",
     "autoencoder.codes=32",
+    "autoencoder.restart_below=1.0",
     "autoencoder.restart_every=2",
     "recipe.optimizer.learning_rate=3e-3",
     "recipe.optimizer.decay=null",
@@ -34,6 +35,9 @@ TINY = (
 )
 TINY_ENERGY = (
     "recipe.langevin.steps=3",
+    "recipe.langevin.step_size=20",
+    "recipe.optimizer.learning_rate=4e-3",
+    "recipe.optimizer.betas=[0.5, 0.999]",
     "recipe.optimizer.decay=null",
     "training.images=256",
     "training.batch=16",

@@ -41,7 +41,7 @@ def test_shipped_energy_configs_load(path):
 def test_base_is_merged_and_overrides_win():
     config = load_config(PretrainConfig, DEBUG, ["training.batch=8", "recipe.optimizer.learning_rate=1e-4"])
     assert config.autoencoder.codes == 256, "from configs/base/vqvae2.yaml"
-    assert config.autoencoder.channels == 64, "from the file itself"
+    assert config.autoencoder.channels == 48, "from the file itself"
     assert config.training.batch == 8
     assert config.recipe.optimizer.learning_rate == 1e-4, "1e-4 is a number, whatever YAML 1.1 says"
 

@@ -87,7 +87,6 @@ class GroupFeed(SignalFeed):
             yield batch
 
 
-@pytest.mark.xfail(strict=True, reason="data/reader.py: loader processes do not outlive a SIGTERM to the group")
 def test_a_signal_to_the_whole_process_group_stops_as_well(fruit_shards, fresh_accelerate, tmp_path):
     images = ImageFeed(ImagesConfig(train=(str(fruit_shards / "apple/train"),), workers=1, grayscale=0.3), seed=7)
     part = tiny_trainer(tmp_path / "parts", fruit_shards, feed=lambda feed: GroupFeed(images, 3, signal.SIGTERM))

@@ -6,6 +6,7 @@ import bisect
 import json
 import os
 import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -228,8 +229,20 @@ def _same(item: Any) -> Any:
 
 
 def _quiet(_: int) -> None:
-    """Ctrl-C is for the main process to answer."""
+    """Ctrl-C, and SIGTERM to the whole process group (Slurm, torchrun), are for the main process to answer.
+
+    A worker that SIGTERM ended would break the run before it has saved itself: torch raises in the main process,
+    wherever that is. The parent's own SIGTERM, at its end, still ends a worker: hence the look at the sender.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def unwrap(items: Iterator[Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -113,11 +114,18 @@ def environment() -> dict:
     }
 
 
+def peak_memory() -> int:
+    """The most memory this process has held so far, in MiB: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # Linux counts in KiB
+
+
 def export(trainer, **extra) -> Path:
     """Write the run's result as a pretrained folder under export/ (main process), and say where."""
     folder = trainer.run / "export" / f"images-{trainer.images_seen:012d}"
     if trainer.is_main and not folder.exists():
         trainer.trained.save(folder, images_seen=trainer.images_seen, **extra)
     trainer.accelerator.wait_for_everyone()
-    trainer.say(f"exported to {folder}")
+    trainer.say(f"exported to {folder} (peak memory of this process: {peak_memory()} MiB)")
     return folder
