@@ -13,7 +13,8 @@ class UserError(Exception):
 
 
 def reports_errors(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a program's `main`: a `UserError` becomes lines on stderr and exit code 2, without a traceback."""
+    """Wrap a program's `main`: a `UserError` becomes lines on stderr and exit code 2, without a traceback;
+    Ctrl-C where nothing else answers it becomes exit code 130."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
@@ -25,6 +26,9 @@ def reports_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             for line in str(error).splitlines():
                 print(f"{prefix}error: {line}", file=sys.stderr, flush=True)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
         except BrokenPipeError:
             return 1
 

@@ -1,13 +1,9 @@
-"""What the energy learns from (eq. 2), and when to stop it."""
+"""What the energy learns from (eq. 2)."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-
-from letit_dist.errors import UserError
 
 
 def contrastive_loss(
@@ -35,22 +31,3 @@ def contrastive_loss(
         loss = loss + l2 * penalty
         metrics["energy_l2"] = penalty.detach()
     return loss, metrics
-
-
-class EnergyDiverged(UserError):
-    """The energy's loss left every useful range; the weights before this step are still good."""
-
-
-def check_divergence(loss: float | Tensor, limit: float) -> None:
-    """Raise EnergyDiverged for a loss that is not finite or beyond +-limit.
-
-    Both signs count: the energy of the target can fall without end as well as that of the source can rise.
-    """
-    value = float(loss)
-    if math.isfinite(value) and abs(value) <= limit:
-        return
-    raise EnergyDiverged(
-        f"the energy has diverged: loss {value:.6g}, limit +-{limit:g}. Lower the learning rate, the sampler's "
-        "step_size or noise_scale, or give l2 a small weight; raise the limit only for energies that are large "
-        "by nature"
-    )

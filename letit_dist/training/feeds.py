@@ -54,6 +54,8 @@ class ImageFeed:
         stream = self._stream(
             images_seen, batch, rank, ranks, self.config.workers, flip=self.config.flip, grayscale=self.config.grayscale
         )
+        if stream.notice and rank == 0:
+            print(stream.notice, flush=True)
         for number, item in enumerate(stream):
             images = to_images(item.pixels)
             yield Batch(
