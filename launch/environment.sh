@@ -23,7 +23,7 @@ _find_python() {
 
 prepare_environment() {
   local extras="${1:-}" root python want stamp
-  root="$(git rev-parse --show-toplevel 2>/dev/null || pwd)"
+  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   if [ -n "${LETIT_PYTHON:-}" ]; then
     PATH="$(cd "$(dirname "$LETIT_PYTHON")" && pwd):$PATH"
     export PATH

@@ -7,6 +7,7 @@
 # Run it again after an interruption and it continues where it stopped; run it again after the end and it
 # prints the results. The programs are those that a cluster runs, with smaller numbers.
 set -euo pipefail
+case "${1:-}" in -*) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;; esac
 run="${1:-runs/quickstart}"
 case "$run" in /*) ;; *) run="$PWD/$run" ;; esac
 cd "$(dirname "$0")/.."
@@ -15,14 +16,12 @@ prepare_environment
 
 begun=$SECONDS
 step() { echo; echo "== $1 ($((SECONDS - begun)) s)"; }
-threads="$(python -c 'import os; print(len(os.sched_getaffinity(0)))')"
-one=(accelerate launch --quiet --config_file launch/accelerate/one.yaml --num_cpu_threads_per_process "$threads")
 
 step "1/6 drawing and packing apples and oranges"
 python shards/pack.py builtin:fruit --out "$run/shards" --resolution 64 --count 1200 --test 256 --workers 2
 
 step "2/6 pretraining the autoencoder"
-"${one[@]}" launch/pretrain.py configs/debug/vqvae2.yaml --run "$run/pretrain" \
+python launch/pretrain.py configs/debug/vqvae2.yaml --run "$run/pretrain" \
   "data.train=[$run/shards/apple/train, $run/shards/orange/train]"
 
 step "3/6 encoding both domains once"
@@ -32,7 +31,7 @@ for fruit in apple orange; do
 done
 
 step "4/6 learning the energy from apples to oranges"
-"${one[@]}" launch/train_energy.py configs/energy/fruit.yaml --run "$run/apple2orange" \
+python launch/train_energy.py configs/energy/fruit.yaml --run "$run/apple2orange" \
   "autoencoder=$run/pretrain" "data.source=$run/latents/apple" "data.target=$run/latents/orange"
 
 step "5/6 translating apples that no stage has seen"

@@ -185,3 +185,28 @@ def test_images_of_another_size_are_refused_before_anything_is_written(program, 
     assert program("autoencoder.resolution=64") == 2
     assert "data.train holds images of 32x32, autoencoder.resolution is 64" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_which_another_process_runs_is_refused(tmp_path):
+    """Two runs in one folder would rewind each other's statistics and prune each other's checkpoints."""
+    import subprocess
+    import sys
+
+    code = (
+        "import fcntl, pathlib, sys; f = open(pathlib.Path(sys.argv[1]) / '.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another process is running in"):
+            open_run(run, TrainingConfig(images=8, batch=8))
+        assert not (run / "config.yaml").exists()
+    finally:
+        other.communicate()
+    open_run(run, TrainingConfig(images=8, batch=8))
+    assert (run / "config.yaml").exists()

@@ -71,6 +71,8 @@ def translate_all(translator: Translator, images: Images, out: Path, options: Tr
     for name, reason in images.bad:
         yield f"left out: {name}: {reason}"
     yield f"{done} translations in {out}" + (f", {len(images.bad)} unreadable images left out" if images.bad else "")
+    if options.path:
+        yield f"trajectories: {out / 'paths'}"
     if sheets:
         yield f"sheets: {sheets[0]}" + (f" to {sheets[-1].name}" if len(sheets) > 1 else "")
 

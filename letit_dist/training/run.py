@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
@@ -31,6 +33,26 @@ def _without_free(tree: dict) -> dict:
         elif not rest:
             tree.pop(node, None)
     return tree
+
+
+# Lock files stay open, and so locked, until this process ends; by folder, since one process may open it again.
+_HELD: dict[Path, IO] = {}
+
+
+def _lock(folder: Path) -> None:
+    """One run at a time in a folder: two would write each other's checkpoints and statistics."""
+    if folder.resolve() in _HELD:
+        return
+    handle = (folder / ".lock").open("w")
+    try:
+        # A record lock: forked loader processes, which may outlive a killed run for seconds, do not inherit it.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise UserError(
+            f"another process is running in {folder}: wait for it, stop it, or name another --run"
+        ) from None
+    _HELD[folder.resolve()] = handle
 
 
 def open_run(folder: Path, config: StrictConfig) -> None:
@@ -60,6 +82,7 @@ def open_run(folder: Path, config: StrictConfig) -> None:
         raise UserError(f"{folder} is not empty and is no run folder (no config.yaml): name another with --run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
         _write(path, to_yaml(config))
         _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
