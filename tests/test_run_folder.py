@@ -8,7 +8,7 @@ import torch
 import yaml
 from conftest import ROOT, stats_of
 
-from letit_dist.config import PretrainConfig, parse_config
+from letit_dist.config import PretrainConfig, TrainingConfig, parse_config
 from letit_dist.errors import UserError
 from letit_dist.training.run import environment, open_run
 
@@ -37,7 +37,7 @@ def contents(folder):
 def test_a_new_run_folder_says_what_runs_and_where(tmp_path):
     open_run(tmp_path / "a/b", config())
     folder = tmp_path / "a/b"
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "environment.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.yaml", "environment.json"]
     assert parse_config(PretrainConfig, yaml.safe_load((folder / "config.yaml").read_text())) == config()
     found = json.loads((folder / "environment.json").read_text())
     assert found["torch"] == torch.__version__ and found["python"] == platform.python_version()
@@ -136,6 +136,7 @@ def test_a_finished_run_holds_everything_and_is_left_alone(program, tmp_path, ca
     kept = {f"checkpoints/{end}/{name}" for name in
             ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")}  # fmt: skip
     assert found == kept | {
+        ".lock",
         "config.yaml",
         "environment.json",
         "stats.jsonl",
