@@ -67,7 +67,7 @@ def test_help_is_quick_and_has_an_example(name):
 def test_pretraining_leaves_a_run_folder(chain):
     run_folder = chain.autoencoder
     assert {path.name for path in run_folder.iterdir()} == {
-        *("config.yaml", "environment.json", "stats.jsonl"),
+        *(".lock", "config.yaml", "environment.json", "stats.jsonl"),
         *("checkpoints", "export", "samples"),
     }
     assert [path.name for path in sorted((run_folder / "checkpoints").iterdir())] == [
@@ -247,7 +247,8 @@ def test_translating_a_folder_and_a_file_gives_the_same_pictures(chain, apples, 
 
 def test_paths_are_strips_and_animations(chain, apples, tmp_path):
     lines = translate(chain, chain.images("apple", "test"), tmp_path / "out", "--path", "--limit", 2, "--steps", 4)
-    assert lines == [f"2 translations in {tmp_path / 'out'}"]
+    out = tmp_path / "out"
+    assert lines == [f"2 translations in {out}", f"trajectories: {out / 'paths'}"]
     names = apples[0][:2]
     assert sorted(path.name for path in (tmp_path / "out/paths").iterdir()) == sorted(
         f"{name}.{suffix}" for name in names for suffix in ("gif", "png")
