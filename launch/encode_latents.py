@@ -6,7 +6,8 @@
 
 VQ-VAE-2 latents are stored as codes (exact, about 100 times smaller), others as float32 or float16. The
 autoencoder's fingerprint is stored with them: an energy can never be trained on the latents of another one.
-Interrupted? The same command continues. Finished? It says so.
+Interrupted? The same command continues. Finished? It says so. Before work begins one line says what memory it will
+take. No more images go through at once than fit into --memory, and that changes no latent.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--crops", type=int, default=0, metavar="N", help="also encode N random crops an image")
     parser.add_argument("--seed", type=int, default=0, help="of the crops")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of stored latents")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64, help="at most so many images at once (64)")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="for the whole process (4; GPU: 80 %% of what is free)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (fp32)")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes")
     return parser.parse_args(argv)
 
@@ -41,14 +46,32 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.autoencoders.base import load_autoencoder
     from letit_dist.data.encoding import EncodeOptions, encode_domain
     from letit_dist.data.reader import ShardDataset
+    from letit_dist.memory import budget_bytes, slow_precision
     from letit_dist.pretrained import find_folder
 
-    options = EncodeOptions(args.flip, args.crops, args.seed, args.dtype, args.batch, args.workers)
-    autoencoder = load_autoencoder(find_folder(args.autoencoder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = EncodeOptions(
+        flip=args.flip,
+        crops=args.crops,
+        seed=args.seed,
+        dtype=args.dtype,
+        batch=args.batch,
+        workers=args.workers,
+        precision=args.precision,
+    )
+    autoencoder = load_autoencoder(find_folder(args.autoencoder)).to(device)
+    budget = budget_bytes(args.memory, device)
+    if notice := slow_precision(args.precision, device):
+        print(notice, file=sys.stderr)
     try:
         report = encode_domain(
-            autoencoder.to(device), ShardDataset(args.shards), args.out, options, domain=args.domain, device=device
+            autoencoder,
+            ShardDataset(args.shards),
+            args.out,
+            options,
+            domain=args.domain,
+            device=device,
+            budget=budget,
         )
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)

@@ -43,18 +43,22 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.autoencoders.base import build_autoencoder
     from letit_dist.registry import RECIPES
     from letit_dist.training.feeds import ImageFeed
+    from letit_dist.training.plan import plan_batches, timetable
     from letit_dist.training.run import export, open_run
-    from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, plan_batch, seed_weights
+    from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
     from letit_dist.training.trainer import Trainer
 
     if config.recipe.kind == "latent_energy":
         raise UserError("recipe.kind: latent_energy trains energies (launch/train_energy.py), not autoencoders")
     recipe_class = RECIPES.get(config.recipe.kind)
-    plan = plan_batch(config.training, launched_ranks())
+    if problems := config.recipe.problems(config.autoencoder, config.training):
+        raise UserError("\n".join(problems))
+    levels = config.recipe.levels(config.autoencoder)
+    plans = plan_batches(config.training, launched_ranks(), len(levels))
     if args.check:
         print(to_yaml(config), end="")
-        print(f"# batch: {plan}")
-        print(f"# steps: {-(-config.training.images // plan.batch)}")
+        for line in timetable(levels, plans, config.training.images):
+            print(f"# {line}")
         return 0
 
     feed = ImageFeed(config.data, seed=config.training.seed)
@@ -82,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         intervals=config.intervals,
         max_bad_fraction=config.data.max_bad_fraction,
     )
-    trainer.say(f"batch: {plan}")
+    if len(plans) == 1:
+        trainer.say(f"batch: {plans[0]}")
     code = trainer.train()
     if code == 0:
         export(trainer)

@@ -49,13 +49,16 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.pretrained import find_folder
     from letit_dist.registry import RECIPES
     from letit_dist.training.feeds import LatentFeed
+    from letit_dist.training.plan import plan_batches
     from letit_dist.training.run import export, open_run
-    from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, plan_batch, seed_weights
+    from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
     from letit_dist.training.trainer import Trainer
 
     if config.recipe.kind != "latent_energy":
         raise UserError(f"recipe.kind: {config.recipe.kind} trains autoencoders (launch/pretrain.py), not energies")
-    plan = plan_batch(config.training, launched_ranks())
+    if problems := config.recipe.problems(None, config.training):
+        raise UserError("\n".join(problems))
+    (plan,) = plan_batches(config.training, launched_ranks())
     if args.check:
         print(to_yaml(config), end="")
         print(f"# batch: {plan}, and as many of the target")

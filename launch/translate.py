@@ -9,6 +9,9 @@ resized to the autoencoder's resolution. One file comes out for each image, unde
 energies of both directions, --to names the domain to go to:
 
     python launch/translate.py x.png --energy runs/apple2orange runs/orange2apple --to apple --out y
+
+The first line says what memory the work will take. No more images go through at once than fit into --memory, and
+that changes no picture.
 """
 
 from __future__ import annotations
@@ -33,7 +36,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--path", action="store_true", help="also write each trajectory as a strip and a GIF")
     parser.add_argument("--sheet", action="store_true", help="also write sheets: source, reconstruction, translation")
     parser.add_argument("--format", choices=("png", "jpg"), default="png")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="at most so many images at once (16)")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="for the whole process (4; GPU: 80 %% of what is free)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks (fp32)")
     parser.add_argument("--limit", type=int, help="translate only the first so many images")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, where the chain has any")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop past this unreadable share (0.05)")
@@ -55,9 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.data.inputs import open_images
     from letit_dist.energy.translate import choose_translator
     from letit_dist.evaluation.translating import TranslateOptions, translate_all
+    from letit_dist.memory import budget_bytes, slow_precision
 
-    translator = choose_translator(args.energy, args.autoencoder, args.to)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    translator = choose_translator(args.energy, args.autoencoder, args.to).to(device)
+    translator.precision = args.precision
+    budget = budget_bytes(args.memory, device)
     images = open_images(args.input, translator.autoencoder.config.resolution, args.limit, args.max_bad_fraction)
     options = TranslateOptions(
         steps=args.steps,
@@ -69,8 +79,10 @@ def main(argv: list[str] | None = None) -> int:
         batch=args.batch,
         seed=args.seed,
     )
+    if notice := slow_precision(args.precision, device):
+        print(notice, file=sys.stderr)
     try:
-        for line in translate_all(translator.to(device), images, args.out, options):
+        for line in translate_all(translator, images, args.out, options, budget):
             print(line, flush=True)
     except KeyboardInterrupt:
         print(f"interrupted: what is finished is in {args.out}", file=sys.stderr)

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from letit_dist.errors import UserError
 from letit_dist.registry import AUTOENCODERS, ENERGIES, RECIPES, Registry
@@ -32,20 +41,49 @@ class Kind:
         self.registry = registry
 
 
+T = TypeVar("T")
 Autoencoder = Annotated[SerializeAsAny[StrictConfig], Kind(AUTOENCODERS)]
 Energy = Annotated[SerializeAsAny[StrictConfig], Kind(ENERGIES)]
 Recipe = Annotated[SerializeAsAny[StrictConfig], Kind(RECIPES)]
+
+
+Count = Annotated[int, Field(gt=0)]
+# Names of the two forms of `one_or_many`, left out of the keys in messages.
+_ONE, _MANY = "a value", "a list"
+
+
+def one_or_many(kind: Any) -> Any:
+    """The type of a setting that is one `kind`, or one for each level of a growing network."""
+    return Annotated[
+        Annotated[kind, Tag(_ONE)] | Annotated[tuple[kind, ...], Tag(_MANY)],
+        Discriminator(lambda value: _MANY if isinstance(value, (list, tuple)) else _ONE),
+    ]
+
+
+def by_level(value: T | tuple[T, ...], levels: int, key: str) -> list[T]:
+    """One value for each level of a growing network: a list is taken as it is, a single value is repeated.
+
+    Raises UserError for a list of another length: extending it by its last value would hide a slip.
+    """
+    if not isinstance(value, tuple):
+        return [value] * levels
+    if len(value) != levels:
+        what = f"the network grows over {levels} levels" if levels > 1 else "this recipe does not grow"
+        raise UserError(f"{key}: {len(value)} values, but {what}: give {levels}, or a single one for all")
+    return list(value)
 
 
 class TrainingConfig(StrictConfig):
     """How long and how: every count is in images, so that no number depends on the machine."""
 
     images: int = Field(gt=0, description="length of the run, in images")
-    batch: int = Field(gt=0, description="images a step over all ranks")
-    microbatch: int | None = Field(
+    batch: one_or_many(Count) = Field(
+        description="images a step over all ranks; a list has one for each level of a growing network"
+    )
+    microbatch: one_or_many(Count) | None = Field(
         None,
-        gt=0,
-        description="images a rank pushes through at once (memory only, never the result); null = all",
+        description="images a rank pushes through at once, at most (memory only, never the result); null = all; "
+        "a list as for batch",
     )
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp64"] = Field(
@@ -247,7 +285,7 @@ def _schema_at(schema: type[StrictConfig], path: tuple[str, ...]) -> type[Strict
 
 
 def _describe(error: dict, schema: type[StrictConfig], at: tuple[str, ...]) -> str:
-    names = tuple(str(part) for part in error["loc"])
+    names = tuple(str(part) for part in error["loc"] if part not in (_ONE, _MANY))
     key = ".".join((*at, *names))
     if error["type"] == "extra_forbidden":
         parent = _schema_at(schema, names[:-1])

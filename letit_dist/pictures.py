@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +16,12 @@ _INK = (20, 20, 20)
 
 
 def to_picture(image: Tensor, cell: int | None = None) -> Image.Image:
-    """One image (3, H, W) in [-1, 1], clipped; enlarged or reduced to `cell` pixels a side if given."""
-    pixels = (image.detach().float().clamp(-1, 1) + 1) * 127.5
-    picture = Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    """One image (3, H, W) in [-1, 1], clipped, or pixels as uint8; enlarged or reduced to `cell` pixels a side if
+    given."""
+    pixels = image.detach()
+    if pixels.dtype != torch.uint8:
+        pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
     if cell and picture.width != cell:
         # Whole factors keep the pixels honest; everything else is resampled.
         whole = cell % picture.width == 0
@@ -31,9 +34,9 @@ def visible_size(resolution: int) -> int:
     return resolution * max(1, -(-96 // resolution))
 
 
-def grid(rows: dict[str, Tensor], *, cell: int | None = None, title: str | None = None) -> Image.Image:
-    """A sheet: each row's name, then its images (B, 3, H, W) in [-1, 1]."""
-    cell = cell or visible_size(next(iter(rows.values())).shape[-1])
+def grid(rows: Mapping[str, Sequence[Tensor]], *, cell: int | None = None, title: str | None = None) -> Image.Image:
+    """A sheet: each row's name, then its images (B, 3, H, W) in [-1, 1] or uint8."""
+    cell = cell or visible_size(next(iter(rows.values()))[0].shape[-1])
     font = ImageFont.load_default(size=max(12, cell // 8))
     label = max(int(font.getlength(name)) for name in rows) + 4 * _MARGIN
     columns = max(len(images) for images in rows.values())
@@ -51,9 +54,9 @@ def grid(rows: dict[str, Tensor], *, cell: int | None = None, title: str | None 
     return sheet
 
 
-def strip(images: Tensor, *, cell: int | None = None) -> Image.Image:
-    """Images (T, 3, H, W) side by side, in order."""
-    cell = cell or visible_size(images.shape[-1])
+def strip(images: Sequence[Tensor], *, cell: int | None = None) -> Image.Image:
+    """T images (3, H, W) in [-1, 1] or uint8 side by side, in order."""
+    cell = cell or visible_size(images[0].shape[-1])
     picture = Image.new("RGB", (len(images) * (cell + _MARGIN) - _MARGIN, cell), _PAPER)
     for i, image in enumerate(images):
         picture.paste(to_picture(image, cell), (i * (cell + _MARGIN), 0))
@@ -70,7 +73,8 @@ def save_picture(picture: Image.Image, path: Path, **options) -> None:
 
 
 def save_animation(images: Sequence[Tensor], path: Path, *, milliseconds: int = 120) -> None:
-    """A looping GIF of images (3, H, W); the last one stays for a second."""
-    frames = [to_picture(image, visible_size(image.shape[-1])) for image in images]
-    durations = [milliseconds] * (len(frames) - 1) + [1000]
-    save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    """A looping GIF of images (3, H, W) in [-1, 1] or uint8; the last one stays for a second."""
+    # One at a time: Pillow keeps them all anyway, with a third of the bytes.
+    frames = (to_picture(image, visible_size(image.shape[-1])) for image in images)
+    durations = [milliseconds] * (len(images) - 1) + [1000]
+    save_picture(next(frames), path, save_all=True, append_images=frames, duration=durations, loop=0)

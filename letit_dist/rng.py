@@ -37,9 +37,20 @@ def normal(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    drawn_on: torch.device | str = "cpu",
 ) -> Tensor:
-    """N(0, 1) draws, one row an index: (len(indices), *shape). Drawn in float32 on the CPU, then moved."""
-    rows = [torch.randn(tuple(shape), generator=generator(seed, purpose, i)) for i in _indices(indices)]
+    """N(0, 1) draws, one row an index: (len(indices), *shape). Drawn in float32 on the CPU, then moved.
+
+    `drawn_on` draws where the tensor is needed: for large draws, whose values then depend on the kind of device.
+    """
+    rows = [
+        torch.randn(
+            tuple(shape),
+            generator=torch.Generator(drawn_on).manual_seed(seed_for(seed, purpose, i)),
+            device=drawn_on,
+        )
+        for i in _indices(indices)
+    ]
     return torch.stack(rows).to(device=device, dtype=dtype)
 
 

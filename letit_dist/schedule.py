@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 
 def learning_rate(base: float, images_seen: int, *, warmup: int = 0, decay: tuple[int, int] | None = None) -> float:
@@ -21,6 +23,24 @@ def average_beta(half_life: float, batch: int, images_seen: int, warmup: float) 
     if warmup:
         half_life = min(half_life, warmup * images_seen)
     return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
+
+
+def level_starts(durations: Sequence[int]) -> list[int]:
+    """images_seen at which each level of a growing network begins; `durations` holds the images of each level."""
+    return [0, *accumulate(durations)][:-1]
+
+
+def level_at(durations: Sequence[int], images_seen: int) -> int:
+    """The level of the batch that starts at `images_seen`; the last one lasts for ever."""
+    return sum(start <= images_seen for start in level_starts(durations)) - 1
+
+
+def blend_at(durations: Sequence[int], images_seen: int) -> float:
+    """How far the level has faded in, in [0, 1]: a half sine over the first half of each level but the lowest
+    (ALAE's code; progressive growing, 1710.10196, is linear)."""
+    level = level_at(durations, images_seen)
+    progress = (images_seen - level_starts(durations)[level]) / (durations[level] / 2)
+    return 1.0 if level == 0 or progress >= 1 else 0.5 + 0.5 * math.sin(math.pi * (progress - 0.5))
 
 
 def crosses(interval: int, before: int, after: int) -> bool:

@@ -118,6 +118,37 @@ def tiny_trainer(run: Path, shards: Path, *, feed=None, training=None, intervals
     return _start(model, feed(images) if feed else images, run, training, intervals or {}, **options)
 
 
+def tiny_alae_trainer(run: Path, shards: Path, *, feed=None, training=None, intervals=None, recipe=None):
+    """A Trainer of an ALAE that grows from 4 to 32 pixels in 128 images, with flips, style mixing and R1."""
+    import torch
+
+    from letit_dist.autoencoders.alae import ALAE, ALAEConfig
+    from letit_dist.config import ImagesConfig
+    from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig, GrowthConfig
+    from letit_dist.recipes.base import OptimizerConfig
+    from letit_dist.training.feeds import ImageFeed
+    from letit_dist.training.setup import seed_weights
+
+    training = {"batch": (8, 8, 4, 4), **(training or {})}
+    images = ImageFeed(ImagesConfig(train=(str(shards / "apple" / "train"),), workers=0), seed=7)
+    config = ALAERecipeConfig(
+        **{
+            "optimizer": OptimizerConfig(learning_rate=(0.002, 0.002, 0.001, 0.001), betas=(0.0, 0.99)),
+            # Levels change in mid-batch, and a level fades in over several batches.
+            "growth": GrowthConfig(images_per_level=(20, 32, 40, 24)),
+            **(recipe or {}),
+        }
+    )
+    seed_weights(7)
+    network = ALAE(ALAEConfig(resolution=32, start_channels=4, max_channels=8, latent_dim=8, mapping_layers=2))
+    # The constant starts as ones: all positive, so that the bias after it is cancelled by instance norm and its gradient
+    # is rounding, which Adam would magnify to a difference between two runs.
+    with torch.no_grad():
+        network.generator.const.normal_()
+    model = ALAERecipe(config, network, seed=7, precision=training.get("precision", "fp32"))
+    return _start(model, feed(images) if feed else images, run, training, intervals or {})
+
+
 def tiny_energy_trainer(run: Path, latents: Path, *, feed=None, training=None, intervals=None, recipe=None):
     """A Trainer of a convolutional energy on `fruit_latents`, apples to oranges, with Langevin noise."""
     from letit_dist.data.latents import LatentSet

@@ -82,7 +82,7 @@ def photograph(path, number=0, size=(40, 36)):
             ["autoencoder.resolution: must be divisible by 8 (the top level has stride 8)"],
         ),
         (["autoencoder.kind=vqvea2"], ["unknown autoencoder kind 'vqvea2', did you mean 'vqvae2'?"]),
-        (["training.microbatch=5"], ["training.microbatch: 5 does not divide the 16 images of a rank (try one of 1, "]),
+        (["training.batch=[16, 8]"], ["training.batch: 2 values, but this recipe does not grow: give 1"]),
         (
             ["training.batch=0", "data.flip=perhaps", "autoencoder.codes=1"],
             ["autoencoder.codes: ", "data.flip: ", "training.batch: "],

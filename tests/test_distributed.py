@@ -118,6 +118,57 @@ def test_a_run_continues_on_another_number_of_ranks(tmp_path, fruit_shards):
     assert_close(checkpoint(tmp_path / "two", "model"), checkpoint(tmp_path / "one", "model"), rtol=1e-9, atol=1e-9)
 
 
+# ------------------------------------------------------------------------------------------- several phases, growing
+
+
+def launch_tiny_alae(run: Path, shards: Path, precision: str, microbatches: str, yaml: str | Path | None = None):
+    """72 phase steps over four levels: R1, style mixing, layer noise, the mean of w, a batch and a rate a level."""
+    start = [sys.executable]
+    if yaml:
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml)]
+    command = [*start, "tests/tiny_run.py", str(run), str(shards), precision, microbatches]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+
+
+def test_two_ranks_equal_one_over_the_phases_and_levels_of_alae(tmp_path, fruit_shards):
+    started(launch_tiny_alae(tmp_path / "one", fruit_shards, "fp64", "8,8,4,4"))
+    two = launch_tiny_alae(tmp_path / "two", fruit_shards, "fp64", "4,2,2,1", "launch/accelerate/cpu2.yaml")
+    started(two)
+    assert "level 1: 8 pixels, batch: 8 = 2 ranks x 2 images x 2 accumulation" in two.stdout
+    assert "level 3: 32 pixels, batch: 4 = 2 ranks x 1 images x 2 accumulation" in two.stdout
+    for name in ("model", "average", "optimizer"):
+        one = checkpoint(tmp_path / "one", name)
+        assert_close(checkpoint(tmp_path / "two", name), one, rtol=1e-9, atol=1e-9)
+    model = checkpoint(tmp_path / "one", "model")
+    assert model["autoencoder.w_mean"].std() > 0 and model["autoencoder.w_mean"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, stage):
+    """Two ranks, growing and accumulating; then continued from mid-growth, equal to itself."""
+    pytest.importorskip("deepspeed")
+    shipped = {1: "launch/deepspeed/zero1.json", 2: "launch/deepspeed/ffhq1024.json"}
+    text = (ROOT / "launch/accelerate/deepspeed_cpu2.yaml").read_text()
+    assert shipped[1] in text
+    yaml = tmp_path / "deepspeed.yaml"
+    yaml.write_text(text.replace(shipped[1], shipped[stage]))
+    options = (fruit_shards, "fp32", "4,2,2,1")
+    started(launch_tiny_alae(tmp_path / "ddp", *options, "launch/accelerate/cpu2.yaml"))
+    started(launch_tiny_alae(tmp_path / "ds", *options, yaml))
+    whole = {name: checkpoint(tmp_path / "ds", name) for name in ("model", "average")}
+    for name, tensors in whole.items():
+        assert_close(tensors, checkpoint(tmp_path / "ddp", name), rtol=1e-4, atol=1e-5)
+
+    newest = sorted((tmp_path / "ds" / "checkpoints").glob("images-*"))[-1]
+    newest.rename(tmp_path / "aside")
+    again = launch_tiny_alae(tmp_path / "ds", *options, yaml)
+    started(again)
+    assert "resumed at 64 of 128 images" in again.stdout
+    for name, tensors in whole.items():
+        assert_close(checkpoint(tmp_path / "ds", name), tensors, rtol=0, atol=0)
+
+
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path, fruit_shards):
     process = launch(tmp_path / "run", fruit_shards, "training.batch=7", yaml="launch/accelerate/cpu2.yaml")
     assert process.returncode != 0

@@ -5,8 +5,14 @@ from pydantic import ValidationError
 from torch import nn
 
 from letit_dist.errors import UserError
-from letit_dist.recipes.base import OptimizerConfig, Phase
-from letit_dist.training.optim import activate, build_optimizer, load_state_tensors, state_tensors
+from letit_dist.recipes.base import OptimizerConfig, ParameterGroup, child_groups
+from letit_dist.training.optim import (
+    activate,
+    build_optimizer,
+    load_state_tensors,
+    require_gradients,
+    state_tensors,
+)
 
 
 class Two(nn.Module):
@@ -22,12 +28,12 @@ class Two(nn.Module):
         return self.b(self.a(x)).square().mean()
 
 
-FIRST, SECOND, BOTH = Phase("first", ("a",)), Phase("second", ("b",)), Phase("both", ("a", "b"))
+FIRST, SECOND, BOTH = {"a"}, {"b"}, {"a", "b"}
 
 
-def learn(module, optimizer, phase, rate, steps=1, seed=0):
+def learn(module, optimizer, names, rate, steps=1, seed=0):
     for step in range(steps):
-        activate(optimizer, phase, rate)
+        activate(optimizer, names, rate)
         optimizer.zero_grad()
         module(torch.randn(8, 3, generator=torch.Generator().manual_seed(seed + step))).backward()
         optimizer.step()
@@ -39,7 +45,7 @@ def weights(module):
 
 def build(**config):
     module = Two()
-    return module, build_optimizer(module, OptimizerConfig(**{"learning_rate": 0.1, **config}))
+    return module, build_optimizer(child_groups(module), OptimizerConfig(**{"learning_rate": 0.1, **config}))
 
 
 def test_there_is_one_group_a_network_of_what_can_learn():
@@ -71,6 +77,27 @@ def test_the_rate_is_the_one_that_was_set():
     learn(module, optimizer, FIRST, 0.25)
     expected = start["a.weight"] - 0.25 * module.a.weight.grad
     torch.testing.assert_close(module.a.weight.detach(), expected, rtol=0, atol=1e-7)
+
+
+def test_a_group_moves_at_its_own_multiple_of_the_rate():
+    module = Two()
+    groups = [ParameterGroup("w", (module.a.weight,), 0.5), ParameterGroup("w", (module.a.bias,), 2.0)]
+    optimizer = build_optimizer(groups, OptimizerConfig(kind="sgd", learning_rate=0.1))
+    start = weights(module)
+    learn(module, optimizer, {"w"}, 0.1)
+    for name, rate in (("weight", 0.05), ("bias", 0.2)):
+        expected = start[f"a.{name}"] - rate * getattr(module.a, name).grad
+        torch.testing.assert_close(weights(module)[f"a.{name}"], expected, rtol=0, atol=1e-7)
+
+
+def test_gradients_are_asked_for_where_they_are_needed():
+    module = Two()
+    groups = child_groups(module)
+    require_gradients(groups, FIRST)
+    assert module.a.weight.requires_grad and not module.b.weight.requires_grad
+    require_gradients(groups, SECOND)
+    assert module.b.weight.requires_grad and not module.a.bias.requires_grad
+    assert not module.b.bias.requires_grad  # it was frozen, and is in no group
 
 
 def test_adam_is_torchs_adam():
@@ -125,7 +152,7 @@ def test_the_state_makes_a_round_trip():
 def test_state_takes_the_layout_of_its_parameter():
     model = nn.Module()
     model.net = tiny_autoencoder().to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1))
+    optimizer = build_optimizer(child_groups(model), OptimizerConfig(learning_rate=0.1))
     name = "net.bottom_encoder.convs.0.weight"
     parameter = dict(model.named_parameters())[name]
     load_state_tensors(

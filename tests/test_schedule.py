@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from letit_dist.schedule import average_beta, crosses, learning_rate
+from letit_dist.schedule import average_beta, blend_at, crosses, learning_rate, level_at, level_starts
 
 
 def test_a_constant_rate():
@@ -37,3 +37,19 @@ def test_an_interval_is_crossed_once_for_each_multiple_at_most():
     ]  # fmt: skip
     assert crosses(10, 6, 10) and not crosses(10, 10, 14)
     assert crosses(10, 5, 65)
+
+
+def test_levels_follow_one_another_and_the_last_one_stays():
+    durations = [100, 50, 200]
+    assert level_starts(durations) == [0, 100, 150]
+    assert [level_at(durations, images) for images in (0, 99, 100, 149, 150, 10**9)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_level_fades_in_over_its_first_half_along_a_half_sine():
+    durations = [100, 100, 100]
+    # 0.5 + 0.5 sin(pi * progress - pi / 2), and never at the lowest level
+    quarter = 0.5 - 0.5 * math.sqrt(0.5)
+    blends = [blend_at(durations, 100 + offset) for offset in (0, 12.5, 25, 37.5, 50, 99)]
+    assert blends == pytest.approx([0, quarter, 0.5, 1 - quarter, 1, 1], abs=1e-12)
+    assert [blend_at(durations, images) for images in (0, 10, 99, 250, 10**6)] == [1.0] * 5
+    assert 0 < blend_at(durations, 201) < 0.01

@@ -12,10 +12,11 @@ from letit_dist.config import ImagesConfig, IntervalsConfig, TrainingConfig
 from letit_dist.data.latents import LatentSet
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
-from letit_dist.recipes.base import Batch, OptimizerConfig, Phase, Recipe, RecipeConfig, StepResult
+from letit_dist.recipes.base import Batch, Level, OptimizerConfig, Phase, Recipe, RecipeConfig, StepResult
 from letit_dist.training.feeds import ImageFeed, LatentFeed
+from letit_dist.training.plan import BatchPlan, plan_batches, timetable
 from letit_dist.training.run import export
-from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, plan_batch, seed_weights
+from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
 from letit_dist.training.trainer import Trainer
 
 # ------------------------------------------------------------------------------------------- batches
@@ -26,10 +27,15 @@ def training(**changes):
 
 
 def test_the_arithmetic_of_a_batch():
-    plan = plan_batch(training(microbatch=3), ranks=4)
+    (plan,) = plan_batches(training(microbatch=3), ranks=4)
     assert (plan.per_rank, plan.microbatch, plan.accumulation) == (6, 3, 2)
     assert str(plan) == "24 = 4 ranks x 3 images x 2 accumulation"
-    assert str(plan_batch(training(), ranks=1)) == "24 = 1 rank x 24 images x 1 accumulation"
+    assert str(plan_batches(training(), ranks=1)[0]) == "24 = 1 rank x 24 images x 1 accumulation"
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(1, 1), (5, 4), (6, 6), (11, 6), (12, 12), (24, 12)])
+def test_a_microbatch_is_an_upper_limit_and_divides(limit, taken):
+    assert plan_batches(training(microbatch=limit), ranks=2)[0].microbatch == taken
 
 
 @pytest.mark.parametrize(
@@ -37,13 +43,29 @@ def test_the_arithmetic_of_a_batch():
     [
         ({}, 5, r"training.batch: 24 images do not divide over 5 ranks \(try 20 or 25\)"),
         ({"batch": 3}, 5, r"training.batch: 3 images do not divide over 5 ranks \(try 5\)"),
-        ({"microbatch": 5}, 2, r"training.microbatch: 5 does not divide the 12 images of a rank \(try one of 1, 2, 3"),
-        ({"microbatch": 24}, 2, r"training.microbatch: 24 does not divide the 12 images"),
+        ({"batch": (24, 16)}, 2, r"training.batch: 2 values, but this recipe does not grow: give 1"),
+        ({"microbatch": (2, 2)}, 2, r"training.microbatch: 2 values, but this recipe does not grow: give 1"),
     ],
 )
 def test_batches_that_do_not_divide_are_refused_with_what_would(changes, ranks, message):
     with pytest.raises(UserError, match=message):
-        plan_batch(training(**changes), ranks)
+        plan_batches(training(**changes), ranks)
+
+
+def test_levels_have_their_own_batches_and_a_timetable():
+    plans = plan_batches(training(batch=(8, 4, 2), microbatch=(3, 8, 1)), ranks=2, levels=3)
+    assert plans == [BatchPlan(8, 2, 2), BatchPlan(4, 2, 2), BatchPlan(2, 2, 1)]
+    with pytest.raises(UserError, match=r"training.batch: 2 values, but the network grows over 3 levels: give 3, or"):
+        plan_batches(training(batch=(8, 4)), ranks=2, levels=3)
+    levels = [Level(0, 4), Level(20, 8), Level(30, 16)]
+    # The third batch of 8 reaches into the second level; no level loses or repeats an image.
+    assert timetable(levels, plans, images=40) == [
+        "level 0: 4 pixels from 0 images on, batch: 8 = 2 ranks x 2 images x 2 accumulation, 3 steps",
+        "level 1: 8 pixels from 24 images on, batch: 4 = 2 ranks x 2 images x 1 accumulation, 2 steps",
+        "level 2: 16 pixels from 32 images on, batch: 2 = 2 ranks x 1 images x 1 accumulation, 4 steps",
+        "steps: 9",
+    ]
+    assert timetable([Level()], plans[:1], images=20) == ["batch: " + str(plans[0]), "steps: 3"]
 
 
 def run_in_double(build, tmp_path, microbatch):
@@ -182,7 +204,8 @@ def test_lines_and_pictures_and_checkpoints_come_at_their_intervals(two_nets, ca
     assert checkpoints == [f"images-{images:012d}" for images in (12, 24, 36, 40)]
     assert set(lines[0]) == {
         "images_seen",
-        "loss",
+        "loss_first",
+        "loss_second",
         "saw_first",
         "saw_second",
         "after",
@@ -191,7 +214,7 @@ def test_lines_and_pictures_and_checkpoints_come_at_their_intervals(two_nets, ca
     }
     assert lines[0]["after"] == 2.0 and lines[0]["saw_second"] == 1.0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 4 and out[0].lstrip().startswith("12/40 images  loss 0.")
+    assert len(out) == 4 and out[0].lstrip().startswith("12/40 images  loss_first 0.")
 
 
 def test_a_run_ends_with_the_batch_that_reaches_its_length(two_nets):

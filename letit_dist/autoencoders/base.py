@@ -35,6 +35,7 @@ class Autoencoder(nn.Module):
     config_class: ClassVar[type[AutoencoderConfig]]
     tiny: ClassVar[AutoencoderConfig]
     stores_codes: ClassVar[bool] = False  # whether `encode_codes` and `latents_from_codes` exist
+    decodes_with_noise: ClassVar[bool] = False  # whether translations are decoded with the maps of `noise_shapes`
 
     config: AutoencoderConfig
     latent_shape: tuple[int, ...]
@@ -60,6 +61,10 @@ class Autoencoder(nn.Module):
         ignore both, so that callers need not ask which kind they hold.
         """
         raise NotImplementedError
+
+    def noise_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each map of one sample's decoder noise, in the order of use; empty where `decode` takes none."""
+        return []
 
     def encode_codes(self, images: Tensor) -> dict[str, LongTensor]:
         """Images (B, 3, H, W) to integer maps by name, each (B, ...); only where `stores_codes`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +21,15 @@ from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset, batches
 from letit_dist.data.transforms import to_images
 from letit_dist.errors import UserError
+from letit_dist.memory import MemoryPlan, Precision, lowered, plan_memory
 from letit_dist.pretrained import tensors_fingerprint
 
 
+_READ_AHEAD = 4  # batches that the loader keeps ready for each worker
+
+
 class Encoder(Protocol):
-    """What encoding needs of an autoencoder."""
+    """What encoding needs of an autoencoder, which is a torch module."""
 
     config: Any
     stores_codes: bool
@@ -37,7 +43,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How a domain is encoded; views, seed and dtype decide the result and are kept in the index."""
+    """How a domain is encoded; views, seed, dtype and precision decide the result and are kept in the index."""
 
     flip: bool = False
     crops: int = 0
@@ -46,6 +52,7 @@ class EncodeOptions:
     batch: int = 64
     workers: int = 0
     shard_bytes: int = 1 << 28
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         problems = []
@@ -100,10 +107,13 @@ def encode_domain(
     *,
     domain: str | None = None,
     device: torch.device | str = "cpu",
+    budget: int | None = None,
+    say: Callable[[str], object] = partial(print, flush=True),
 ) -> str:
     """Write the latents (or codes) of every image and view to `out`; returns one line that says what was done.
 
-    Finished folders are recognised, interrupted ones continued. Raises UserError if `out` holds something
+    Within `budget` bytes, if given, as few images go through at once as `plan_encoding` says; `say` gets the plan
+    before the work. Finished folders are recognised, interrupted ones continued, with any number at once. Raises UserError if `out` holds something
     else, if the images are of another size than the autoencoder's, and for an image that cannot be read.
     """
     if other := [index for index in dataset.indexes if index.kind != "images"]:
@@ -124,6 +134,8 @@ def encode_domain(
         "crop_seed": options.seed if options.crops else None,
         "images": len(dataset),
         "image_shards": _shards_stamp(dataset),
+        # Absent where it is float32: so were they written before there was a choice.
+        **({} if options.precision == "fp32" else {"precision": options.precision}),
     }
     fingerprint = autoencoder.fingerprint()
     kind = "codes" if autoencoder.stores_codes else "latents"
@@ -131,8 +143,13 @@ def encode_domain(
         raise UserError(f"--dtype {options.dtype} has no effect here: codes are whole numbers, and exact; leave it out")
     if (out / INDEX_NAME).exists():
         dtype = {} if kind == "codes" else {"dtype": options.dtype}
-        wanted = {"kind": kind, "autoencoder_fingerprint": fingerprint, **dtype, **meta}
+        wanted = {"kind": kind, "autoencoder_fingerprint": fingerprint, "precision": None, **dtype, **meta}
         return _already(Index.read(out), wanted)
+    chunk = options.batch
+    if budget is not None:
+        planned = plan_encoding(autoencoder, len(dataset), options, budget, device)
+        chunk = planned.images
+        say(str(planned))
     writer = LatentWriter(
         out,
         kind=kind,
@@ -145,11 +162,11 @@ def encode_domain(
     views = options.views
     with writer, Progress(f"encoding {meta['domain']}", len(dataset), done=writer.resume_at // len(views)) as progress:
         begun = writer.resume_at
-        for pixels, samples in batches(dataset, options.batch, workers=options.workers):
+        for pixels, samples in batches(dataset, chunk, workers=options.workers):
             last = (int(samples[-1]) + 1) * len(views)
             if last <= begun:
                 continue
-            encoded = {name: _encode(autoencoder, _view(pixels, samples, name, options.seed), device) for name in views}
+            encoded = _encode_views(autoencoder, pixels, samples, options, device)
             for row, sample in enumerate(samples.tolist()):
                 for v, name in enumerate(views):
                     if sample * len(views) + v >= begun:
@@ -160,11 +177,44 @@ def encode_domain(
     return f"{out}: {len(dataset)} images of {meta['domain']} x {each} as {kind}, autoencoder {fingerprint}"
 
 
-def _encode(autoencoder: Encoder, pixels: Tensor, device: torch.device | str) -> dict[str, Tensor]:
-    images = to_images(pixels.to(device))
+def plan_encoding(
+    autoencoder: Encoder, count: int, options: EncodeOptions, budget: int, device: torch.device | str = "cpu"
+) -> MemoryPlan:
+    """How many images go through at once within `budget` bytes: at most `options.batch`, and `count`.
+
+    Encodes every view of one grey image to see what it takes. Raises UserError for a budget too small for one.
+    """
+    side = autoencoder.config.resolution
+    grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
+    return plan_memory(
+        lambda: _encode_views(autoencoder, grey, torch.zeros(1, dtype=torch.int64), options, device),
+        modules=[autoencoder],
+        most=min(options.batch, count),
+        budget=budget,
+        precision=options.precision,
+        device=device,
+        kept=3 * side**2 * (1 + _READ_AHEAD * options.workers),
+    )
+
+
+@torch.no_grad()
+def _encode_views(
+    autoencoder: Encoder, pixels: Tensor, samples: Tensor, options: EncodeOptions, device: torch.device | str
+) -> dict[str, dict[str, Tensor]]:
+    """View -> field -> rows on the CPU, of pixels uint8 (B, 3, H, W)."""
+    with lowered(options.precision, device):
+        return {
+            name: _encode(autoencoder, _view(pixels, samples, name, options.seed).to(device)) for name in options.views
+        }
+
+
+def _encode(autoencoder: Encoder, pixels: Tensor) -> dict[str, Tensor]:
+    images = to_images(pixels)
     if autoencoder.stores_codes:
         return {name: codes.cpu() for name, codes in autoencoder.encode_codes(images).items()}
-    return {"latent": autoencoder.encode(images).cpu()}
+    latents = autoencoder.encode(images)
+    # Numpy, and so the shards, know no bfloat16.
+    return {"latent": (latents.float() if latents.dtype == torch.bfloat16 else latents).cpu()}
 
 
 def _shards_stamp(dataset: ShardDataset) -> str:

@@ -122,7 +122,7 @@ class _Stream(IterableDataset):
                 (_, h, w), (_, height, width) = image.shape, size
                 where = f"{sample['__url__']}: {key}"
                 raise UserError(f"{where}: the image is {w}x{h}, the others are {width}x{height}: one size is needed")
-            pixels.append(image)
+            pixels.append(transforms.resize_crop(image, o["resolution"]) if o["resolution"] else image)
             if len(pixels) == share:
                 at = rank_positions(o["start"] + turn * o["batch"], o["batch"], o["rank"], o["world"])
                 positions = torch.from_numpy(at)
@@ -154,6 +154,7 @@ class ForeignStream:
         grayscale: float = 0.0,
         max_bad_fraction: float = 0.01,
         start: int = 0,
+        resolution: int | None = None,
     ):
         rank_positions(start, batch, rank, world)
         shards = expand(paths)
@@ -168,7 +169,16 @@ class ForeignStream:
             )
         self.bad = BadSamples(max_bad_fraction)
         self.size: tuple[int, int] | None = None
-        options = dict(seed=seed, batch=batch, rank=rank, world=world, flip=flip, grayscale=grayscale, start=start)
+        options = dict(
+            seed=seed,
+            batch=batch,
+            rank=rank,
+            world=world,
+            flip=flip,
+            grayscale=grayscale,
+            start=start,
+            resolution=resolution,
+        )
         self._loader = loader(_Stream(shards, options), None, workers, pin=True)
 
     def __iter__(self) -> Iterator[ImageBatch]:

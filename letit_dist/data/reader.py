@@ -186,8 +186,9 @@ def augment(pixels: Tensor, positions: Tensor, seed: int, flip: bool, grayscale:
 class _Batches:
     """For the loader: stream positions -> ImageBatch."""
 
-    def __init__(self, dataset: ShardDataset, seed: int, flip: bool, grayscale: float):
+    def __init__(self, dataset: ShardDataset, seed: int, flip: bool, grayscale: float, resolution: int | None):
         self.dataset, self.seed, self.flip, self.grayscale = dataset, seed, flip, grayscale
+        self.resolution = resolution
         self.size = dataset.image_size()
 
     def __getitem__(self, positions: np.ndarray) -> ImageBatch | Failure:
@@ -210,7 +211,7 @@ class _Batches:
                 sample = rng.seed_for(self.seed, f"replacement {attempt}", position) % len(self.dataset)
                 continue
             _check_size(self.dataset, sample, pixels, self.size)
-            return pixels
+            return transforms.resize_crop(pixels, self.resolution) if self.resolution else pixels
         raise UserError(
             f"{REPLACEMENTS} samples in a row cannot be decoded, the last: {self.dataset.place(sample)} ({bad[-1][1]})"
         )
@@ -282,7 +283,8 @@ class ImageStream:
     """Endless iterator over one rank's ImageBatches, from images_seen = `start` on.
 
     The pixels at a stream position depend on (shards, seed, position) alone: any number of ranks and workers
-    gives the same global batches. A resumed run passes its images_seen as `start`.
+    gives the same global batches. A resumed run passes its images_seen as `start`. Images are box-filtered to
+    `resolution` if that is given.
 
     `bad` counts against `max_bad_fraction`; the trainer feeds it with sums over all ranks, because a rank that
     stopped by itself would leave the others waiting.
@@ -303,10 +305,11 @@ class ImageStream:
         grayscale: float = 0.0,
         max_bad_fraction: float = 0.01,
         start: int = 0,
+        resolution: int | None = None,
     ):
         rank_positions(start, batch, rank, world)
         self.bad = BadSamples(max_bad_fraction)
-        batches = _Batches(dataset, seed, flip, grayscale)
+        batches = _Batches(dataset, seed, flip, grayscale, resolution)
         self.size = batches.size
         self._loader = loader(batches, _Positions(start, batch, rank, world), workers, pin=True)
 

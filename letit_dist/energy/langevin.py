@@ -65,6 +65,7 @@ class LangevinSampler:
         generator: torch.Generator | None = None,
         noise: Noise | None = None,
         keep_path: bool = False,
+        watch: Callable[[Tensor], object] | None = None,
     ) -> LangevinResult:
         """Run `config.steps` steps of eq. (6) from `start` (B, *L).
 
@@ -72,7 +73,8 @@ class LangevinSampler:
         no graph; the caller may be under no_grad or inference_mode. With 0 steps the result is the start.
         With noise_scale > 0 give either a `generator` or `noise(step)`, which returns N(0, 1) draws (B, *L)
         (of each sample's own index, say, so that the result does not depend on the batch); ValueError
-        otherwise. With noise_scale 0 neither is touched.
+        otherwise. With noise_scale 0 neither is touched. `watch` is called with every point of the path (B, *L),
+        the start included, as the chain reaches it; it must not change it.
         """
         config = self.config
         if config.noise_scale > 0 and (generator is None) == (noise is None):
@@ -85,6 +87,8 @@ class LangevinSampler:
             z = start.detach().clone()
             shift = torch.zeros_like(z)
             path, energies = [z], []
+            if watch is not None:
+                watch(z)
             for step in range(config.steps):
                 z.requires_grad_()
                 value = energy_of(z)  # (B,)
@@ -96,6 +100,8 @@ class LangevinSampler:
                     assert eps.shape == z.shape, f"noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}"
                     z = z + config.noise_scale * config.step_size**0.5 * unit * eps.to(z)  # eq. (6)
                 shift += unit * gradient.abs()  # section 4.2
+                if watch is not None:
+                    watch(z)
                 if keep_path:
                     path.append(z)
                     energies.append(value.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from letit_dist.config import as_tree, parse_config, read_tree
 from letit_dist.energy.langevin import LangevinConfig, LangevinResult, LangevinSampler, Noise
 from letit_dist.energy.models import EnergyModel, load_energy
 from letit_dist.errors import UserError
+from letit_dist.memory import Precision, lowered
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,12 @@ class Translation:
 
 
 class Translator:
-    """A frozen autoencoder, an energy on its latents, and the settings of the chain between them."""
+    """A frozen autoencoder, an energy on its latents, and the settings of the chain between them.
+
+    `precision` bf16 lowers the networks, by autocast; latents and images stay float32.
+    """
+
+    precision: Precision = "fp32"
 
     def __init__(self, autoencoder: Autoencoder, energy: EnergyModel, sampler: LangevinSampler):
         if energy.latent_shape != tuple(autoencoder.latent_shape):
@@ -48,10 +54,43 @@ class Translator:
         self.energy.to(device)
         return self
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.autoencoder.parameters()).device
+
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, *L) to images (B, 3, H, W), without decoder noise."""
-        return self.autoencoder.decode(latents)
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, *L)."""
+        with lowered(self.precision, self.device):
+            return self._raised(self.autoencoder.encode(images))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        noise: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Latents (B, *L) to images (B, 3, H, W); the noise is that of `Autoencoder.decode`."""
+        with lowered(self.precision, self.device):
+            return self._raised(self.autoencoder.decode(latents, noise=noise, generator=generator))
+
+    def _raised(self, result: Tensor) -> Tensor:
+        return result.float() if self.precision == "bf16" else result
+
+    def decoder_noise(self, seed: int, places: Sequence[int] | Tensor) -> list[Tensor] | None:
+        """The decoder's noise as a function of (seed, place of the sample), maps (B, *shape); None where
+        translations are decoded without."""
+        if not self.autoencoder.decodes_with_noise:
+            return None
+        # ALAE's published code shares its first map over the batch. Here every map belongs to its image, or a
+        # picture would depend on its neighbours.
+        return [
+            rng.normal(shape, seed, f"decoder noise {i}", places, device=self.device)
+            for i, shape in enumerate(self.autoencoder.noise_shapes())
+        ]
 
     def noise(self, seed: int, places: Sequence[int] | Tensor) -> Noise | None:
         """The chain's noise as a function of (seed, step, place of the sample), so that no batch size changes it;
@@ -60,6 +99,19 @@ class Translator:
             return None
         shape, device = self.energy.latent_shape, next(self.energy.parameters()).device
         return lambda step: rng.normal(shape, seed, f"translate {step}", places, device=device)
+
+    def chain(
+        self, *, steps: int | None = None, step_size: float | None = None, strength: float = 1.0
+    ) -> tuple[LangevinConfig, int, float]:
+        """Settings of a chain, the whole steps to walk, and the fraction of one more; see `transport`."""
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength is the fraction of the chain to walk, in [0, 1], got {strength}")
+        given = {"steps": steps, "step_size": step_size}
+        tree = {**as_tree(self.sampler.config), **{k: v for k, v in given.items() if v is not None}}
+        config = parse_config(LangevinConfig, tree)
+        # Rounded, or 0.07 * 100 = 7.000000000000001 would cost an eighth step.
+        fraction, whole = math.modf(round(strength * config.steps, 9))
+        return config, int(whole), fraction
 
     def transport(
         self,
@@ -71,35 +123,36 @@ class Translator:
         keep_path: bool = False,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
+        watch: Callable[[Tensor], object] | None = None,
     ) -> LangevinResult:
         """Latents (B, *L) of the source, moved along their chains.
 
         `steps` and `step_size` override the sampler's. `strength` in [0, 1] is the fraction of the chain to
-        walk; between two steps the result lies on the straight line from one to the next. `noise` and
-        `generator` are those of `LangevinSampler.sample`. Raises UserError for settings out of range.
+        walk; between two steps the result lies on the straight line from one to the next. `noise`,
+        `generator` and `watch` are those of `LangevinSampler.sample`. Raises UserError for settings out of range.
         """
-        if not 0 <= strength <= 1:
-            raise UserError(f"strength is the fraction of the chain to walk, in [0, 1], got {strength}")
-        given = {"steps": steps, "step_size": step_size}
-        tree = {**as_tree(self.sampler.config), **{k: v for k, v in given.items() if v is not None}}
-        config = parse_config(LangevinConfig, tree)
-        # Rounded, or 0.07 * 100 = 7.000000000000001 would cost an eighth step.
-        fraction, whole = math.modf(round(strength * config.steps, 9))
+        config, whole, fraction = self.chain(steps=steps, step_size=step_size, strength=strength)
 
-        def walk(start: Tensor, first: int, steps: int) -> LangevinResult:
+        def walk(start: Tensor, first: int, steps: int, watch: Callable[[Tensor], object] | None) -> LangevinResult:
             part = LangevinSampler(config.model_copy(update={"steps": steps}))
             later = None if noise is None else lambda step: noise(first + step)
-            return part.sample(self.energy, start, noise=later, generator=generator, keep_path=keep_path)
+            with lowered(self.precision, self.device):
+                return part.sample(
+                    self.energy, start, noise=later, generator=generator, keep_path=keep_path, watch=watch
+                )
 
-        result = walk(latents, 0, int(whole))
+        result = walk(latents, 0, whole, watch)
         if fraction == 0:
             return result
-        last = walk(result.latents, int(whole), 1)
+        last = walk(result.latents, whole, 1, None)
         end = result.latents.lerp(last.latents, fraction)
         shift = result.shift + fraction * last.shift
+        if watch is not None:
+            watch(end)
         if not keep_path:
             return LangevinResult(end, shift)
-        energy_at_end = self.energy(end).detach().unsqueeze(0)
+        with lowered(self.precision, self.device):
+            energy_at_end = self.energy(end).detach().unsqueeze(0)
         return LangevinResult(
             end, shift, torch.cat([result.path, end.unsqueeze(0)]), torch.cat([result.energies, energy_at_end])
         )
@@ -117,14 +170,35 @@ class Translator:
         generator: torch.Generator | None = None,
         decoder_noise: Sequence[Tensor] | None = None,
         decoder_generator: torch.Generator | None = None,
+        on_frame: Callable[[Tensor], object] | None = None,
     ) -> Translation:
         """Images (B, 3, H, W) in [-1, 1] of the source domain, translated to the target's.
 
         The first arguments are those of `transport`; the decoder's noise is that of `Autoencoder.decode`. With
         `keep_path` every step is decoded too, one step's B images at a time and each with the same decoder
-        noise, so that only the latents change along the path.
+        noise, so that only the latents change along the path. `on_frame` gets the same frames (B, 3, H, W) one by
+        one as the chain goes, and nothing of them is kept: all of them at 1024 pixels would be half a GiB an image.
         """
-        source = self.autoencoder.encode(images)
+        if on_frame is not None and decoder_generator is not None and decoder_generator is generator:
+            raise ValueError("with on_frame the chain and the decoder need a generator each")
+        source = self.encode(images)
+        state: Tensor | None = None
+        frame: Tensor | None = None
+
+        def decode(latents: Tensor) -> Tensor:
+            nonlocal state
+            if decoder_generator is not None and state is None:
+                state = decoder_generator.get_state()
+            elif decoder_generator is not None:
+                decoder_generator.set_state(state)
+            return self.decode(latents, noise=decoder_noise, generator=decoder_generator)
+
+        def watch(latents: Tensor) -> None:
+            nonlocal frame
+            frame = None  # before the next one is made
+            frame = decode(latents)
+            on_frame(frame)
+
         result = self.transport(
             source,
             steps=steps,
@@ -133,16 +207,11 @@ class Translator:
             keep_path=keep_path,
             noise=noise,
             generator=generator,
+            watch=None if on_frame is None else watch,
         )
-        state = None if decoder_generator is None else decoder_generator.get_state()
-
-        def decode(latents: Tensor) -> Tensor:
-            if decoder_generator is not None:
-                decoder_generator.set_state(state)
-            return self.autoencoder.decode(latents, noise=decoder_noise, generator=decoder_generator)
-
         if not keep_path:
-            return Translation(decode(result.latents), result.latents, source, result.shift)
+            images = decode(result.latents) if frame is None else frame
+            return Translation(images, result.latents, source, result.shift)
         frames = torch.stack([decode(latents) for latents in result.path])
         return Translation(frames[-1], result.latents, source, result.shift, result.path, frames)
 

@@ -36,7 +36,7 @@ class Scores:
 
 
 def _encode(translator: Translator, pixels: Tensor, batch: int) -> Tensor:
-    return torch.cat([translator.autoencoder.encode(to_images(part)) for part in pixels.split(batch)])
+    return torch.cat([translator.encode(to_images(part)) for part in pixels.split(batch)])
 
 
 def _paired(test: ShardDataset, pairs: ShardDataset) -> Tensor:
@@ -91,7 +91,9 @@ def score_translations(
         parts = []
         with Progress("scoring", len(latents)) as progress:
             for places in torch.arange(len(latents)).split(batch):
-                parts.append(translator.autoencoder.decode(move(latents[places], places)).clamp(-1, 1))
+                # The same for every method: what differs between two of them is what they did.
+                noise = translator.decoder_noise(seed, places)
+                parts.append(translator.decode(move(latents[places], places), noise=noise).clamp(-1, 1))
                 progress.step(len(places))
         return torch.cat(parts)
 

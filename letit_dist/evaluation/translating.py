@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from letit_dist.data.inputs import Images
 from letit_dist.data.progress import Progress
-from letit_dist.data.transforms import to_images
-from letit_dist.energy.translate import Translation, Translator
+from letit_dist.data.transforms import to_images, to_pixels
+from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
-from letit_dist.pictures import grid, save_animation, save_picture, strip, to_picture
+from letit_dist.memory import MemoryPlan, plan_memory
+from letit_dist.pictures import grid, save_animation, save_picture, strip, to_picture, visible_size
 
 _SHEET_COLUMNS = 8
 
@@ -33,35 +35,89 @@ class TranslateOptions:
     seed: int = 0
 
 
-def translate_all(translator: Translator, images: Images, out: Path, options: TranslateOptions) -> Iterator[str]:
-    """Translate every image into `out`, batch by batch; yields lines that say what was written.
+@dataclass(frozen=True)
+class _Chunk:
+    """Pixels uint8 of what came out for B images, on the CPU."""
 
-    Noise, where the chain has any, belongs to the image's place among the readable ones, so a batch size changes
-    nothing.
+    images: Tensor  # (B, 3, H, W)
+    reconstructions: Tensor | None  # (B, 3, H, W), for a sheet
+    frames: list[Tensor]  # T'+1 of (B, 3, H, W), for a path
+
+
+@torch.no_grad()
+def _translate(translator: Translator, pixels: Tensor, places: Sequence[int], options: TranslateOptions) -> _Chunk:
+    """Pixels uint8 (B, 3, H, W) of the images at these places among the readable ones, to all that is to be written."""
+    noise = translator.decoder_noise(options.seed, places)
+    frames: list[Tensor] = []
+    result = translator.translate(
+        to_images(pixels.to(translator.device)),
+        steps=options.steps,
+        step_size=options.step_size,
+        strength=options.strength,
+        noise=translator.noise(options.seed, places),
+        decoder_noise=noise,
+        on_frame=(lambda frame: frames.append(to_pixels(frame).cpu())) if options.path else None,
+    )
+    images, source = to_pixels(result.images).cpu(), result.source_latents
+    del result  # the images as floats, before others are decoded
+    again = to_pixels(translator.decode(source, noise=noise)).cpu() if options.sheet else None
+    return _Chunk(images, again, frames)
+
+
+def plan_translation(translator: Translator, count: int, options: TranslateOptions, budget: int) -> MemoryPlan:
+    """How many images go through at once within `budget` bytes: at most `options.batch`, and `count`.
+
+    Translates one grey image with two steps of the chain to see what it takes. What decoding a large photograph
+    takes on the way in is not counted. Raises UserError for settings out of range and a budget too small for one.
+    """
+    _, whole, fraction = translator.chain(steps=options.steps, step_size=options.step_size, strength=options.strength)
+    side = translator.autoencoder.config.resolution
+    grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
+    # The second step runs beside what the first one left behind; a third one takes no more.
+    brief = replace(options, steps=min(2, whole + (fraction > 0)), strength=1.0)
+    drawn = 3 * visible_size(side) ** 2
+    frames = whole + (fraction > 0) + 1 if options.path else 0
+    waiting = _SHEET_COLUMNS - 1 if options.sheet else 0
+    return plan_memory(
+        lambda: _translate(translator, grey, range(1), brief),
+        modules=(translator.autoencoder, translator.energy),
+        most=min(options.batch, count),
+        budget=budget,
+        precision=translator.precision,
+        device=translator.device,
+        kept=3 * side**2 * (frames + 3 * options.sheet),
+        beside=max(frames * drawn, 3 * waiting * 3 * side**2 + (3 * _SHEET_COLUMNS * drawn if options.sheet else 0)),
+    )
+
+
+def translate_all(
+    translator: Translator, images: Images, out: Path, options: TranslateOptions, budget: int | None = None
+) -> Iterator[str]:
+    """Translate every image into `out`, chunk by chunk; yields lines that say what was written.
+
+    Within `budget` bytes, if given, chunks are as small as `plan_translation` says, and the plan is the first line.
+    Noise, of the chain or of the decoder, belongs to the image's place among the readable ones, so a chunk size
+    changes nothing.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder")
-    device = next(translator.autoencoder.parameters()).device
+    chunk = options.batch
+    if budget is not None:
+        planned = plan_translation(translator, len(images), options, budget)
+        chunk = planned.images
+        yield str(planned)
     source = iter(images)
     done, sheets = 0, []
-    waiting: dict[str, list] = {"source": [], "reconstruction": [], "translation": []}
+    waiting: dict[str, list[Tensor]] = {"source": [], "reconstruction": [], "translation": []}
     with Progress("translating", len(images)) as progress:
-        while batch := list(islice(source, options.batch)):
-            names = [name for name, _ in batch]
-            pixels = to_images(torch.stack([p for _, p in batch]).to(device))
-            result = translator.translate(
-                pixels,
-                steps=options.steps,
-                step_size=options.step_size,
-                strength=options.strength,
-                keep_path=options.path,
-                noise=translator.noise(options.seed, range(done, done + len(batch))),
-            )
-            _write(names, result, out, options)
+        while batch := list(islice(source, chunk)):
+            names, pixels = [name for name, _ in batch], torch.stack([p for _, p in batch])
+            result = _translate(translator, pixels, range(done, done + len(batch)), options)
+            _write(names, result, out, options.format)
             if options.sheet:
-                waiting["source"] += pixels.cpu()
-                waiting["reconstruction"] += translator.decode(result.source_latents).cpu()
-                waiting["translation"] += result.images.cpu()
+                waiting["source"] += pixels
+                waiting["reconstruction"] += result.reconstructions
+                waiting["translation"] += result.images
                 while len(waiting["source"]) >= _SHEET_COLUMNS:
                     sheets.append(_sheet(waiting, out, len(sheets)))
             done += len(batch)
@@ -77,20 +133,20 @@ def translate_all(translator: Translator, images: Images, out: Path, options: Tr
         yield f"sheets: {sheets[0]}" + (f" to {sheets[-1].name}" if len(sheets) > 1 else "")
 
 
-def _sheet(waiting: dict[str, list], out: Path, number: int) -> Path:
+def _sheet(waiting: dict[str, list[Tensor]], out: Path, number: int) -> Path:
     path = out / "sheets" / f"sheet-{number:04d}.png"
-    rows = {name: torch.stack(images[:_SHEET_COLUMNS]) for name, images in waiting.items()}
+    picture = grid({name: images[:_SHEET_COLUMNS] for name, images in waiting.items()})
     for images in waiting.values():
         del images[:_SHEET_COLUMNS]
-    save_picture(grid(rows), path)
+    save_picture(picture, path)
     return path
 
 
-def _write(names: list[str], result: Translation, out: Path, options: TranslateOptions) -> None:
-    quality = {"quality": 95, "subsampling": 0} if options.format == "jpg" else {}
+def _write(names: list[str], result: _Chunk, out: Path, format: str) -> None:
+    quality = {"quality": 95, "subsampling": 0} if format == "jpg" else {}
     for i, name in enumerate(names):
-        save_picture(to_picture(result.images[i]), out / f"{name}.{options.format}", **quality)
-        if options.path:
-            frames = result.path_images[:, i]
+        save_picture(to_picture(result.images[i]), out / f"{name}.{format}", **quality)
+        if result.frames:
+            frames = [frame[i] for frame in result.frames]
             save_picture(strip(frames), out / "paths" / f"{name}.png")
-            save_animation(list(frames), out / "paths" / f"{name}.gif")
+            save_animation(frames, out / "paths" / f"{name}.gif")

@@ -7,18 +7,19 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from letit_dist import schedule
-from letit_dist.config import StrictConfig
+from letit_dist.config import StrictConfig, TrainingConfig, by_level, one_or_many
+from letit_dist.errors import UserError
 
 
 class OptimizerConfig(StrictConfig):
     """One optimiser; the rate is a pure function of images_seen."""
 
     kind: Literal["adam", "sgd"] = "adam"
-    learning_rate: float = Field(gt=0)
+    learning_rate: one_or_many(PositiveFloat) = Field(description="a list has one for each level of a growing network")
     betas: tuple[float, float] = Field((0.9, 0.999), description="adam only")
     eps: float = Field(1e-8, gt=0, description="adam only")
     warmup: int = Field(0, ge=0, description="images over which the rate rises from 0")
@@ -38,9 +39,18 @@ class OptimizerConfig(StrictConfig):
             raise ValueError(f"decay needs 0 <= first < second, got {self.decay}")
         return self
 
-    def rate_at(self, images_seen: int) -> float:
-        """The learning rate of the batch that starts at `images_seen`."""
-        return schedule.learning_rate(self.learning_rate, images_seen, warmup=self.warmup, decay=self.decay)
+    def rate_at(self, images_seen: int, level: int = 0) -> float:
+        """The learning rate of the batch that starts at `images_seen`, at a level of a growing network."""
+        base = self.learning_rate[level] if isinstance(self.learning_rate, tuple) else self.learning_rate
+        return schedule.learning_rate(base, images_seen, warmup=self.warmup, decay=self.decay)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A stage of a growing network: from `start` images on it learns from images of side `resolution`."""
+
+    start: int = 0
+    resolution: int | None = None  # None = as they are stored
 
 
 class RecipeConfig(StrictConfig):
@@ -48,6 +58,25 @@ class RecipeConfig(StrictConfig):
 
     kind: str
     optimizer: OptimizerConfig
+
+    def levels(self, autoencoder: StrictConfig | None) -> list[Level]:
+        """The levels over which this recipe grows a network of that config; a single one if it does not grow."""
+        return [Level()]
+
+    def problems(self, autoencoder: StrictConfig | None, training: TrainingConfig) -> list[str]:
+        """What is wrong between this section, the network's and `training`, one line each."""
+        found = []
+        values = {
+            "training.batch": training.batch,
+            "training.microbatch": training.microbatch,
+            "recipe.optimizer.learning_rate": self.optimizer.learning_rate,
+        }
+        for key, value in values.items():
+            try:
+                by_level(value, len(self.levels(autoencoder)), key)
+            except UserError as error:
+                found.append(str(error))
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,6 +86,15 @@ class Phase:
     name: str
     modules: tuple[str, ...]
     every: int = 1
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that always learn together; `rate` multiplies the learning rate."""
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +138,14 @@ class Batch:
     def slots(self) -> Tensor:
         """(B,) each sample's place inside the global batch."""
         return self.positions - self.images_seen
+
+
+def child_groups(module: nn.Module) -> list[ParameterGroup]:
+    """One group for each child of `module` that can learn, named after it."""
+    children = {
+        name: tuple(p for p in child.parameters() if p.requires_grad) for name, child in module.named_children()
+    }
+    return [ParameterGroup(name, parameters) for name, parameters in children.items() if parameters]
 
 
 @dataclass
@@ -162,12 +208,34 @@ class Recipe(nn.Module):
         """Called once a global batch, after every phase has stepped, on every rank (codebooks move here)."""
         return {}
 
+    def status(self, images_seen: int) -> dict[str, float]:
+        """What stands beside the means in a report: where the batch that started at `images_seen` stood."""
+        return {}
+
     def discard(self) -> None:
         """Forget what this batch has accumulated: its loss was refused."""
 
     def rate_at(self, images_seen: int) -> float:
         """The learning rate for the batch that starts at `images_seen`."""
-        return self.config.optimizer.rate_at(images_seen)
+        return self.config.optimizer.rate_at(images_seen, self.level_at(images_seen))
+
+    @property
+    def levels(self) -> list[Level]:
+        """The levels over which the network grows; a single one if it does not. Each starts without optimiser state."""
+        return [Level()]
+
+    def level_at(self, images_seen: int) -> int:
+        """The level of the batch that starts at `images_seen`."""
+        return sum(level.start <= images_seen for level in self.levels) - 1
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The groups of the optimiser; here one for each child network, named after it."""
+        return child_groups(self)
+
+    def active_groups(self, phase: Phase, images_seen: int) -> set[str]:
+        """Names of the groups that learn in `phase` of the batch that starts at `images_seen`: exactly those whose
+        parameters take part in its loss."""
+        return set(phase.modules)
 
     def samples(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures of where the run is: row name -> images (B, 3, H, W). Runs without gradient."""

@@ -49,10 +49,20 @@ class ImageFeed:
             **augmentation,
         )
 
-    def batches(self, images_seen: int, batch: int, rank: int, ranks: int) -> Iterator[Batch]:
-        """This rank's share of every global batch from `images_seen` on: data {"images": (B, 3, H, W)}."""
+    def batches(
+        self, images_seen: int, batch: int, rank: int, ranks: int, resolution: int | None = None
+    ) -> Iterator[Batch]:
+        """This rank's share of every global batch from `images_seen` on: data {"images": (B, 3, H, W)}, box-filtered
+        to `resolution` if that is given."""
         stream = self._stream(
-            images_seen, batch, rank, ranks, self.config.workers, flip=self.config.flip, grayscale=self.config.grayscale
+            images_seen,
+            batch,
+            rank,
+            ranks,
+            self.config.workers,
+            flip=self.config.flip,
+            grayscale=self.config.grayscale,
+            resolution=resolution,
         )
         if stream.notice and rank == 0:
             print(stream.notice, flush=True)
@@ -91,7 +101,9 @@ class LatentFeed:
         data |= {f"target.{name}": value for name, value in self.target.take(target).items()}
         return Batch(data, positions, seen, batch)
 
-    def batches(self, images_seen: int, batch: int, rank: int, ranks: int) -> Iterator[Batch]:
+    def batches(
+        self, images_seen: int, batch: int, rank: int, ranks: int, resolution: int | None = None
+    ) -> Iterator[Batch]:
         """This rank's share of every global batch: as many source as target samples, each side in its own order."""
         pairs = LatentPairs(self.source, self.target, seed=self.seed, batch=batch, rank=rank, world=ranks)
         for number, pair in enumerate(pairs.stream(images_seen)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
+
 import torch
 from torch import Tensor, nn
 
 from letit_dist.errors import UserError
-from letit_dist.recipes.base import OptimizerConfig, Phase
+from letit_dist.recipes.base import OptimizerConfig, ParameterGroup
 
 
 class _ActiveGroups:
@@ -33,23 +35,29 @@ class SGD(_ActiveGroups, torch.optim.SGD):
     """torch's SGD over the active groups."""
 
 
-def build_optimizer(recipe: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """One group for each child network of the recipe, named after it."""
-    groups = [
-        {"params": [p for p in child.parameters() if p.requires_grad], "name": name, "active": True}
-        for name, child in recipe.named_children()
+def build_optimizer(groups: Iterable[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """One optimiser over all groups of a recipe; `activate` sets their learning rates."""
+    tables = [
+        {"params": list(group.parameters), "name": group.name, "rate": group.rate, "active": True} for group in groups
     ]
-    groups = [group for group in groups if group["params"]]
+    rate = config.rate_at(0)
     if config.kind == "sgd":
-        return SGD(groups, lr=config.learning_rate)
-    return Adam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, foreach=True)
+        return SGD(tables, lr=rate)
+    return Adam(tables, lr=rate, betas=config.betas, eps=config.eps, foreach=True)
 
 
-def activate(optimizer: torch.optim.Optimizer, phase: Phase, rate: float) -> None:
-    """Let exactly the networks of `phase` move, at `rate`."""
+def activate(optimizer: torch.optim.Optimizer, names: Set[str], rate: float) -> None:
+    """Let exactly the groups of these names move, at `rate` times their own."""
     for group in optimizer.param_groups:
-        group["active"] = group["name"] in phase.modules
-        group["lr"] = rate
+        group["active"] = group["name"] in names
+        group["lr"] = rate * group["rate"]
+
+
+def require_gradients(groups: Iterable[ParameterGroup], names: Set[str]) -> None:
+    """Ask autograd for the gradients of these groups alone: the others would be computed for nothing."""
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(group.name in names)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:

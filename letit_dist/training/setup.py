@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -18,45 +17,9 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from letit_dist import rng
 from letit_dist.config import TrainingConfig
 from letit_dist.errors import UserError
+from letit_dist.training.plan import BatchPlan
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How a global batch is spread: `batch = ranks x microbatch x accumulation`."""
-
-    batch: int
-    ranks: int
-    microbatch: int
-
-    @property
-    def per_rank(self) -> int:
-        return self.batch // self.ranks
-
-    @property
-    def accumulation(self) -> int:
-        return self.per_rank // self.microbatch
-
-    def __str__(self) -> str:
-        ranks = "rank" if self.ranks == 1 else "ranks"
-        return f"{self.batch} = {self.ranks} {ranks} x {self.microbatch} images x {self.accumulation} accumulation"
-
-
-def plan_batch(training: TrainingConfig, ranks: int) -> BatchPlan:
-    """The arithmetic of a batch, or a UserError with the nearest counts that divide."""
-    if training.batch % ranks:
-        lower = training.batch // ranks * ranks
-        near = " or ".join(str(n) for n in (lower, lower + ranks) if n > 0)
-        raise UserError(f"training.batch: {training.batch} images do not divide over {ranks} ranks (try {near})")
-    per_rank = training.batch // ranks
-    microbatch = training.microbatch or per_rank
-    if per_rank % microbatch:
-        divisors = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
-        raise UserError(
-            f"training.microbatch: {microbatch} does not divide the {per_rank} images of a rank (try one of {divisors})"
-        )
-    return BatchPlan(training.batch, ranks, microbatch)
 
 
 def launched_ranks() -> int:
@@ -155,4 +118,11 @@ def configure_deepspeed(accelerator: Accelerator, plan: BatchPlan, training: Tra
     config.pop("train_batch_size", None)
     config["train_micro_batch_size_per_gpu"] = plan.microbatch
     config["gradient_accumulation_steps"] = plan.accumulation
+    accelerator.gradient_accumulation_steps = plan.accumulation
+
+
+def change_deepspeed_batch(accelerator: Accelerator, engine, plan: BatchPlan) -> None:
+    """Tell a running engine of another batch: it divides the loss by the accumulation it knows of."""
+    engine.set_train_micro_batch_size(plan.microbatch)
+    engine.set_train_batch_size(plan.batch)
     accelerator.gradient_accumulation_steps = plan.accumulation

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,8 +25,20 @@ from letit_dist.recipes.base import Batch, Phase, Recipe
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
 from letit_dist.training.metrics import Means, StatsFile
-from letit_dist.training.optim import activate, build_optimizer, load_state_tensors, state_tensors
-from letit_dist.training.setup import configure_deepspeed, is_deepspeed, main_decides, plan_batch
+from letit_dist.training.optim import (
+    activate,
+    build_optimizer,
+    load_state_tensors,
+    require_gradients,
+    state_tensors,
+)
+from letit_dist.training.plan import BatchPlan, plan_batches
+from letit_dist.training.setup import (
+    change_deepspeed_batch,
+    configure_deepspeed,
+    is_deepspeed,
+    main_decides,
+)
 
 # Exit code of a run that was asked to stop and has saved itself: a scheduler may requeue it (EX_TEMPFAIL).
 STOPPED = 75
@@ -36,8 +49,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 class Feed(Protocol):
     """Where batches come from."""
 
-    def batches(self, images_seen: int, batch: int, rank: int, ranks: int) -> Iterator[Batch]:
-        """This rank's share of every global batch from `images_seen` on, without end."""
+    def batches(self, images_seen: int, batch: int, rank: int, ranks: int, resolution: int | None) -> Iterator[Batch]:
+        """This rank's share of every global batch from `images_seen` on, without end; images at `resolution`."""
 
     def preview(self, count: int) -> Batch:
         """The same few samples on every call, for pictures."""
@@ -67,7 +80,9 @@ class Trainer:
         self.training = training
         self.intervals = intervals
         self.max_bad_fraction = max_bad_fraction
-        self.plan = plan_batch(training, accelerator.num_processes)
+        self.images_seen = 0
+        self.plans = plan_batches(training, accelerator.num_processes, len(recipe.levels))
+        self.level: int | None = None  # of the last batch; None before the first
         self.deepspeed = is_deepspeed(accelerator)
         self.dtype = _DTYPES[training.precision]
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
@@ -83,17 +98,18 @@ class Trainer:
         self._require_equal_start()
         if self.deepspeed:
             configure_deepspeed(accelerator, self.plan, training)
-        optimizer = build_optimizer(recipe, recipe.config.optimizer)
+        self.groups = recipe.parameter_groups()
+        optimizer = build_optimizer(self.groups, recipe.config.optimizer)
         self.model, self.optimizer = accelerator.prepare(recipe, optimizer)
         # accelerate's and DeepSpeed's wrappers keep the dicts of these groups; flags and rates are set here.
         self.base_optimizer = optimizer
 
-        self.images_seen = 0
         self.bad_samples = 0
         self.means = Means(accelerator.device)
         self.stats = StatsFile(run / "stats.jsonl")
         self.store = CheckpointStore(run / "checkpoints", intervals.keep)
         self._saved_at = -1
+        self._batch_start = 0
         self._stop_asked = False
         self._preview = None
         self._preview_count = preview
@@ -107,25 +123,27 @@ class Trainer:
         if self.images_seen >= total:
             self.say(f"complete: {self.images_seen} of {total} images were already seen")
             return 0
-        batches = self.feed.batches(
-            self.images_seen, self.plan.batch, self.accelerator.process_index, self.accelerator.num_processes
-        )
+        batches = None
         self._clock, self._clock_images = time.perf_counter(), self.images_seen
         if self.images_seen == 0:
             self.picture()
         with self._signals(), self._bar(total) as bar:
             while self.images_seen < total:
+                level = self.recipe.level_at(self.images_seen)
+                if batches is None or level != self.level:
+                    batches = self._enter(level)
                 batch = next(batches).to(self.accelerator.device, self.dtype, self.memory_format)
-                number = self.images_seen // self.plan.batch
+                number = self.images_seen // batch.global_batch
+                self._batch_start = self.images_seen
                 for phase in self.recipe.phases:
                     if number % phase.every == 0:
                         self.step(phase, batch)
                 self.means.add(self.recipe.after_batch(batch))
-                before, self.images_seen = self.images_seen, self.images_seen + self.plan.batch
+                before, self.images_seen = self.images_seen, self.images_seen + batch.global_batch
                 if self.average:
-                    self.average.update(self.recipe, self.plan.batch, self.images_seen)
+                    self.average.update(self.recipe, batch.global_batch, self.images_seen)
                 stop = self._agree(batch)
-                bar.update(self.plan.batch)
+                bar.update(self.images_seen - before)
 
                 done = self.images_seen >= total
                 # Not at a stop: the checkpoint carries the means, and stats.jsonl is that of an unbroken run.
@@ -142,7 +160,9 @@ class Trainer:
 
     def step(self, phase: Phase, batch: Batch) -> None:
         """All microbatches of one phase, then one optimiser step over the phase's networks."""
-        activate(self.base_optimizer, phase, self.recipe.rate_at(self.images_seen))
+        names = self.recipe.active_groups(phase, self.images_seen)
+        activate(self.base_optimizer, names, self.recipe.rate_at(self.images_seen))
+        require_gradients(self.groups, names)
         parts = batch.split(self.plan.microbatch)
         if not self.deepspeed:
             self.optimizer.zero_grad(set_to_none=True)
@@ -152,9 +172,29 @@ class Trainer:
                 result = self.model(phase.name, part)
                 self._refuse_bad_loss(phase, result.loss)
                 self._backward(result.loss, last)
-            self.means.add({"loss": result.loss, **result.metrics}, weight=part.size)
+            name = "loss" if len(self.recipe.phases) == 1 else f"loss_{phase.name}"
+            self.means.add({name: result.loss, **result.metrics}, weight=part.size)
         if not self.deepspeed:
             self.optimizer.step()
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How the batch that starts at `images_seen` is spread."""
+        return self.plans[self.recipe.level_at(self.images_seen)]
+
+    def _enter(self, level: int) -> Iterator[Batch]:
+        """The batches of a level, from `images_seen` on, with everything ready for them."""
+        resolution = self.recipe.levels[level].resolution
+        if len(self.recipe.levels) > 1:
+            self.say(f"level {level}: {resolution} pixels, batch: {self.plan}")
+            if self.deepspeed:
+                change_deepspeed_batch(self.accelerator, self.model, self.plan)
+        if self.level not in (None, level):
+            # As published: second moments of the smaller network say little about the larger one.
+            self.base_optimizer.state.clear()
+        self.level = level
+        ranks = self.accelerator.num_processes
+        return self.feed.batches(self.images_seen, self.plan.batch, self.accelerator.process_index, ranks, resolution)
 
     def _gradients_shared(self, last: bool):
         # DDP would all-reduce after every microbatch; DeepSpeed is told through sync_gradients instead.
@@ -258,6 +298,7 @@ class Trainer:
         means = self.means.means()
         self.means.clear()
         now = time.perf_counter()
+        status = self.recipe.status(self._batch_start)
         speed = (self.images_seen - self._clock_images) / max(now - self._clock, 1e-9)
         self._clock, self._clock_images = now, self.images_seen
         if not self.is_main:
@@ -265,12 +306,13 @@ class Trainer:
         record = {
             "images_seen": self.images_seen,
             **means,
-            "learning_rate": self.recipe.rate_at(self.images_seen - self.plan.batch),
+            **status,
+            "learning_rate": self.recipe.rate_at(self._batch_start),
             "bad_samples": self.bad_samples,
             "images_per_second": round(speed, 2),
         }
         self.stats.append(record)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **status}.items())
         if bar.disable:
             self.say(f"{self.images_seen:>9}/{self.training.images} images  {shown}  {speed:.0f} img/s")
         else:
@@ -286,7 +328,7 @@ class Trainer:
         recipe = self.trained
         recipe.eval()
         with torch.no_grad():
-            rows = recipe.samples(self._preview)
+            rows = recipe.samples(replace(self._preview, images_seen=self.images_seen))
         recipe.train()
         save_picture(grid(rows), self.run / "samples" / f"images-{self.images_seen:012d}.png")
 
@@ -315,6 +357,7 @@ class Trainer:
             "bad_samples": self.bad_samples,
             "ranks": self.accelerator.num_processes,
             "deepspeed": self.deepspeed,
+            "level": self.level,
         }
         self.store.save(
             self.images_seen,
@@ -345,6 +388,7 @@ class Trainer:
         self._load(checkpoint)
         self.images_seen = self._saved_at = checkpoint.images_seen
         self.bad_samples = checkpoint.state["bad_samples"]
+        self.level = checkpoint.state.get("level")
         self.means.load(checkpoint.state["means"])
         if self.is_main:
             self.stats.rewind(self.images_seen)

@@ -1,0 +1,228 @@
+"""What a pass over one image costs in memory, and how many images at once a budget allows.
+
+The cost is measured on a real pass, so it holds for every autoencoder and energy. On a CPU two witnesses are asked:
+the dispatcher, which sees every tensor that lives, those that autograd saves too, but not what a convolution borrows
+inside; and the system, which sees all of it, but not what fits into memory that was freed before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from letit_dist.errors import UserError
+
+Precision = Literal["fp32", "bf16"]
+GIB = 1 << 30
+CPU_GIB = 4.0  # the budget where none is given
+GPU_SHARE = 0.8  # of the free memory, likewise
+# On what is measured for one image. Several images leave gaps between them: up to 6 % were seen (docs/experiments.md).
+ALLOWANCE = 1.1
+# Where the system does not tell the peak: the workspaces of convolutions took up to as much again as the tensors.
+UNSEEN = 2.0
+_MMAP_FROM, _TRIM_FROM = 4 << 20, 32 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that come to be inside and have not died."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._known: dict[int, weakref.ref | None] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch's own answer, True, imports its compiler at the first operation: two seconds and 150 MB.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What an operation is given may be older than this mode: views of weights are no new memory.
+        for tensor in _tensors((args, kwargs)):
+            self._known.setdefault(tensor.untyped_storage()._cdata, None)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self._meet(tensor.untyped_storage())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._known:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self._live -= size
+            self._known.pop(place, None)
+
+        self._known[place] = weakref.ref(storage, gone)
+        self._live += size
+        self.peak = max(self.peak, self._live)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """The most bytes of tensors that `function()` holds at once, of those that it makes itself.
+
+    On a GPU this is the allocator's own count, workspaces included; on a CPU workspaces are not seen.
+    """
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Live() as live:
+        function()
+    return live.peak
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use, program code included."""
+    return _status("VmRSS")
+
+
+def pass_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes that `function()` takes while it runs and gives back: tensors, and workspaces as far as they show."""
+    if torch.device(device).type != "cpu":
+        return peak_bytes(function, device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of resident memory starts anew
+    except OSError:
+        return round(UNSEEN * peak_bytes(function))
+    tensors = peak_bytes(function)
+    return max(tensors, _status("VmHWM") - resident_bytes())
+
+
+def return_freed_memory() -> None:
+    """Let glibc hand blocks of 4 MiB and more back to the system as soon as they are freed.
+
+    By itself it begins to keep blocks of up to 32 MiB: a third more memory for an energy at 1024 pixels, and gaps
+    that nobody can foretell. Without effect elsewhere.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM)
+        # The default of 128 KiB, which comes with the line above, would give small blocks back all the time.
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_FROM)
+
+
+def chunk_for(budget: int, base: int, per_image: int) -> int:
+    """How many images at once fit into `budget` bytes of which `base` are taken; 0 where not one does."""
+    return max(0, budget - base) // max(1, per_image)
+
+
+def budget_bytes(gib: float | None, device: torch.device | str = "cpu") -> int:
+    """The budget in bytes: `gib` GiB, or 4 GiB on a CPU and 80 % of the free memory on a GPU."""
+    if gib is not None and not (gib > 0 and math.isfinite(gib)):
+        raise UserError(f"--memory {gib:g}: expected GiB, more than 0")
+    if gib is not None:
+        return int(gib * GIB)
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device) + int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(CPU_GIB * GIB)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How many images go through at once, and what that takes, in bytes. As text: one line for people."""
+
+    images: int
+    weights: int
+    per_image: int
+    beside: int  # that no chunk size changes, such as a sheet that is being drawn
+    runtime: int  # torch itself, and the program
+    before: int  # the peak so far: reading the weights can take more than using them
+    budget: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.before, self.weights + self.runtime + self.beside + self.images * self.per_image)
+
+    def __str__(self) -> str:
+        return f"memory: about {self.peak / GIB:.1f} GiB at the peak ({self.parts}); budget {self.budget / GIB:.1f}"
+
+    @property
+    def parts(self) -> str:
+        """What makes up the peak, in GiB."""
+        images = "1 image" if self.images == 1 else f"{self.images} images"
+        parts = [f"weights {self.weights / GIB:.1f}", f"{images} at once x {self.per_image / GIB:.2g}"]
+        parts += [f"sheets and paths {self.beside / GIB:.1f}"] if self.beside else []
+        parts += [f"runtime {self.runtime / GIB:.1f}"] if self.runtime else []
+        parts += [f"reading the weights {self.before / GIB:.1f}"] if self.peak == self.before else []
+        return ", ".join(parts)
+
+
+def plan_memory(
+    one: Callable[[], object],
+    *,
+    modules: Iterable[nn.Module],
+    most: int,
+    budget: int,
+    precision: Precision,
+    device: torch.device | str = "cpu",
+    kept: int = 0,
+    beside: int = 0,
+) -> MemoryPlan:
+    """How many images, at most `most`, go through at once within `budget` bytes (see `budget_bytes`).
+
+    `one()` is the work for one image, and is run once; `kept` are bytes for each image that it does not show, and
+    `beside` those that do not grow with the images. Raises UserError where not even one image fits.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
+        return_freed_memory()
+    before = _status("VmHWM") if on_cpu else 0
+    per_image = round(ALLOWANCE * pass_bytes(one, device)) + kept
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    weights = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    base = resident_bytes() if on_cpu else torch.cuda.memory_allocated(device)
+    images = min(most, chunk_for(budget, base + beside, per_image))
+    result = MemoryPlan(max(1, images), weights, per_image, beside, max(0, base - weights), before, budget)
+    if images < 1:
+        needed = base + beside + per_image
+        lower = ", or --precision bf16" if precision == "fp32" and has_bf16(device) else ""
+        raise UserError(
+            f"one image at a time takes about {needed / GIB:.2f} GiB ({result.parts}), the budget is "
+            f"{budget / GIB:.2f}: give --memory {math.ceil(needed / GIB * 10) / 10:g}{lower}"
+        )
+    return result
+
+
+def has_bf16(device: torch.device | str = "cpu") -> bool:
+    """Whether bfloat16 pays there: a CPU without such instructions computes it many times slower than float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def slow_precision(precision: Precision, device: torch.device | str = "cpu") -> str | None:
+    """A line that warns of a precision that does not pay on this device, or None."""
+    if precision == "fp32" or has_bf16(device):
+        return None
+    return "notice: this processor has no bfloat16 arithmetic: --precision bf16 is many times slower here than fp32"
+
+
+def lowered(precision: Precision, device: torch.device | str = "cpu") -> contextlib.AbstractContextManager:
+    """The context in which networks run at `precision`: autocast for bf16, nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
