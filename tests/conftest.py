@@ -141,8 +141,8 @@ def tiny_alae_trainer(run: Path, shards: Path, *, feed=None, training=None, inte
     )
     seed_weights(7)
     network = ALAE(ALAEConfig(resolution=32, start_channels=4, max_channels=8, latent_dim=8, mapping_layers=2))
-    # The constant starts as ones: all positive, so that the bias after it is cancelled by instance norm and its gradient
-    # is rounding, which Adam would magnify to a difference between two runs.
+    # The constant starts as ones, all positive, so that instance norm cancels the bias after it: a gradient of rounding
+    # alone, which Adam would magnify to a difference between two runs.
     with torch.no_grad():
         network.generator.const.normal_()
     model = ALAERecipe(config, network, seed=7, precision=training.get("precision", "fp32"))

@@ -28,7 +28,7 @@ def problems(error) -> list[str]:
 @pytest.mark.parametrize("path", sorted([*CONFIGS.glob("debug/vq*.yaml"), *CONFIGS.glob("pretrain/*.yaml")]), ids=str)
 def test_shipped_pretraining_configs_load(path):
     config = load_config(PretrainConfig, path)
-    assert config.training.images >= config.training.batch
+    assert config.recipe.problems(config.autoencoder, config.training) == []
     assert path.read_text().startswith("# "), "a config opens with what it is for"
 
 

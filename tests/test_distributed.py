@@ -1,6 +1,7 @@
 """Two processes equal one: the same global batches, weights, codebooks and averages."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,37 @@ def test_a_run_continues_on_another_number_of_ranks(tmp_path, fruit_shards):
     again = launch(tmp_path / "two", fruit_shards, *half)
     started(again)
     assert "resumed at 80 of 160 images" in again.stdout
+    assert_close(checkpoint(tmp_path / "two", "model"), checkpoint(tmp_path / "one", "model"), rtol=1e-9, atol=1e-9)
+
+
+def test_two_machines_equal_one(tmp_path, fruit_shards):
+    """The shipped file for two machines, with one CPU process on each of two that are both this one."""
+    text = (ROOT / "launch/accelerate/gpu8x2.yaml").read_text()
+    yaml = tmp_path / "two.yaml"
+    yaml.write_text(text.replace("num_processes: 16", "num_processes: 2").replace("use_cpu: false", "use_cpu: true"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    short = ["training.images=40", "intervals.checkpoint=40", "training.precision=fp64"]
+    one = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml)]
+    one += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    train = f"data.train=[{fruit_shards / 'apple/train'}, {fruit_shards / 'orange/train'}]"
+    rest = ["launch/pretrain.py", CONFIG, "--run", str(tmp_path / "two"), train, *TINY, *short]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(
+            [*one, "--machine_rank", str(rank), *rest],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [machine.communicate(timeout=400)[0].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    assert "batch: 8 = 2 ranks x 4 images x 1 accumulation" in outputs[0]
+    started(launch(tmp_path / "one", fruit_shards, *short))
     assert_close(checkpoint(tmp_path / "two", "model"), checkpoint(tmp_path / "one", "model"), rtol=1e-9, atol=1e-9)
 
 

@@ -100,7 +100,9 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def configure_deepspeed(accelerator: Accelerator, plan: BatchPlan, training: TrainingConfig) -> None:
+def configure_deepspeed(
+    accelerator: Accelerator, plan: BatchPlan, training: TrainingConfig, *, several_phases: bool
+) -> None:
     """Fill in what only the run knows, and refuse what would change its result in silence."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     if "gradient_clipping" not in config:
@@ -110,9 +112,15 @@ def configure_deepspeed(accelerator: Accelerator, plan: BatchPlan, training: Tra
         raise UserError(
             f"the DeepSpeed JSON enables {low[0]}, which casts the parameters: use training.precision=bf16 (autocast)"
         )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3:
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) == 3:
         raise UserError("ZeRO stage 3 is not supported: the networks are small, use stage 0, 1 or 2")
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if several_phases and offload != "none":
+        raise UserError(
+            f"the DeepSpeed JSON offloads the optimiser (device {offload}), which repeats old gradients for networks "
+            "that a phase leaves out: remove zero_optimization.offload_optimizer for a recipe of several phases"
+        )
     if training.precision == "fp64":
         raise UserError("training.precision: fp64 is for equality checks under DDP, DeepSpeed does not offer it")
     config.pop("train_batch_size", None)

@@ -97,7 +97,7 @@ class Trainer:
         )
         self._require_equal_start()
         if self.deepspeed:
-            configure_deepspeed(accelerator, self.plan, training)
+            configure_deepspeed(accelerator, self.plan, training, several_phases=len(recipe.phases) > 1)
         self.groups = recipe.parameter_groups()
         optimizer = build_optimizer(self.groups, recipe.config.optimizer)
         self.model, self.optimizer = accelerator.prepare(recipe, optimizer)
