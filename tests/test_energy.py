@@ -158,7 +158,7 @@ def test_import_of_other_files(tmp_path):
     with pytest.raises(UserError, match=r"no published energy.*a\.weight"):
         import_energy(tmp_path / "other.pt")
     torch.save({"energy": published("mlp_layer1"), "average": {}}, tmp_path / "two.pt")
-    with pytest.raises(UserError, match="energy, average, name the entry"):
+    with pytest.raises(UserError, match=r"name the entry that is one as `key`\): .*keys energy, average"):
         import_energy(tmp_path / "two.pt")
     with pytest.raises(UserError, match="no entry 'ema'"):
         import_energy(tmp_path / "two.pt", key="ema")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
 from letit_dist.errors import UserError
+from letit_dist.interchange.published import read_published, state_dict
 from letit_dist.pretrained import check_exactly, load_exactly
 
 # The networks of a file; each but the last has a running average beside it, with this suffix.
@@ -113,33 +113,9 @@ def _pairs(config: ALAEConfig) -> Iterator[tuple[str, str, str]]:
     yield "dlatent_avg", "buff", "w_mean"
 
 
-class _Statistics:
-    """Stands in for the classes of `_STATISTICS`, and keeps nothing of them."""
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 def _read(path: Path) -> dict[str, dict[str, Tensor]]:
     """The state dicts of a file by network, under the names of `_NETWORKS` and their twins."""
-    try:
-        with torch.serialization.safe_globals([(_Statistics, name) for name in _STATISTICS]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
-        if not refused:
-            raise UserError(f"{path} is damaged or not a file of torch.save") from None
-        command = f"torch.save({{'models': torch.load('{path}', 'cpu', weights_only=False)['models']}}, 'weights.pth')"
-        raise UserError(
-            f"{path} holds more than tensors and plain containers ({refused[1]}), which is not read, because "
-            f"reading it can run any code. Where you trust the file, keep its weights alone, with the code that it "
-            f'needs on the PYTHONPATH: python -c "import torch; {command}"'
-        ) from None
-    except Exception as error:  # a file cut or overwritten anywhere raises almost anything
-        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise UserError(f"{path} is damaged or not a file of torch.save: {reason}") from None
+    found = read_published(path, keep="models", ignored=_STATISTICS)
     models = found.get("models") if isinstance(found, dict) else None
     if not isinstance(models, dict):
         keys = f" with keys {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else ""
@@ -150,14 +126,11 @@ def _read(path: Path) -> dict[str, dict[str, Tensor]]:
     for title, state in models.items():
         if state is None:  # how the published code saves a network that it did not build
             continue
-        if not isinstance(state, dict) or not all(isinstance(item, Tensor) for item in state.values()):
-            raise UserError(f"{path}: models/{title}: expected a state dict, found a {type(state).__name__}")
         stem, twin = (title[: -len(_TWIN)], _TWIN) if str(title).endswith(_TWIN) else (str(title), "")
         name = _RENAMED.get(stem, stem) + twin
         if name in networks:
             raise UserError(f"{path}: models/{title} stands beside another {name}, which is the same network")
-        # Saved from inside DataParallel or DistributedDataParallel.
-        networks[name] = {str(key).removeprefix("module."): tensor for key, tensor in state.items()}
+        networks[name] = state_dict(state, f"{path}: models/{title}")
     return networks
 
 

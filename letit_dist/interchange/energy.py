@@ -6,12 +6,10 @@ the whole conversion of the sign.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from letit_dist.energy.models import (
@@ -24,6 +22,7 @@ from letit_dist.energy.models import (
     build_energy,
 )
 from letit_dist.errors import UserError
+from letit_dist.interchange.published import read_published, state_dict
 from letit_dist.pretrained import check_exactly, load_exactly
 
 State = Mapping[str, Tensor]
@@ -64,23 +63,14 @@ def export_energy(energy: EnergyModel) -> dict[str, Tensor]:
 
 
 def _read(path: Path, key: str | None) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a file of torch.save with plain tensors: {reason}") from None
-    entries = ", ".join(map(str, list(found)[:8])) if isinstance(found, dict) else type(found).__name__
-    if key is not None:
-        if not isinstance(found, dict) or key not in found:
-            raise UserError(f"{path}: no entry {key!r} (it holds {entries})")
-        found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(item, Tensor) for item in found.values()):
-        hint = "" if key is not None else ", name the entry that is one as `key`"
-        raise UserError(f"{path}: expected a state dict, found {entries}{hint}")
-    # Saved from inside DataParallel or DistributedDataParallel.
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    found = read_published(path)
+    if key is None:
+        hint = " (name the entry that is one as `key`)" if isinstance(found, dict) else ""
+        return state_dict(found, f"{path}{hint}")
+    if not isinstance(found, dict) or key not in found:
+        entries = ", ".join(map(str, list(found)[:8])) if isinstance(found, dict) else type(found).__name__
+        raise UserError(f"{path}: no entry {key!r} (it holds {entries})")
+    return state_dict(found[key], f"{path}: {key}")
 
 
 def _infer(state: State, where: str | Path) -> EnergyConfig:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
 from letit_dist.errors import UserError
+from letit_dist.interchange.published import read_published, state_dict
 from letit_dist.pretrained import check_exactly, load_exactly
 
 # Names under which training scripts put the state dict when they save more than it.
@@ -94,22 +93,12 @@ def _pairs(config: VQVAE2Config) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a file of torch.save with plain tensors: {reason}") from None
+    found = read_published(path)
     for name in _WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
             break
-    if not isinstance(found, dict) or not all(isinstance(item, Tensor) for item in found.values()):
-        keys = f" with keys {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else ""
-        raise UserError(f"{path}: expected a state dict, found a {type(found).__name__}{keys}")
-    # Saved from inside DataParallel or DistributedDataParallel.
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    return state_dict(found, path)
 
 
 def _infer(tensors: dict[str, Tensor], resolution: int, *, relu_skip: bool, where: str | Path) -> VQVAE2Config:
