@@ -7,7 +7,7 @@
 VQ-VAE-2 latents are stored as codes (exact, about 100 times smaller), others as float32 or float16. The
 autoencoder's fingerprint is stored with them: an energy can never be trained on the latents of another one.
 Interrupted? The same command continues. Finished? It says so. Before work begins one line says what memory it will
-take. No more images go through at once than fit into --memory, and that changes no latent.
+take. No more images go through at once than fit into --memory; how many changes a latent by no more than rounding.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             domain=args.domain,
             device=device,
             budget=budget,
+            say=lambda line: print(line, flush=True),
         )
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)

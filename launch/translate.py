@@ -10,8 +10,8 @@ energies of both directions, --to names the domain to go to:
 
     python launch/translate.py x.png --energy runs/apple2orange runs/orange2apple --to apple --out y
 
-The first line says what memory the work will take. No more images go through at once than fit into --memory, and
-that changes no picture.
+The first line says what memory the work will take. No more images go through at once than fit into --memory; how
+many changes a picture by no more than rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks (fp32)")
     parser.add_argument("--limit", type=int, help="translate only the first so many images")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, where the chain has any")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise of chain and decoder, where they have any")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop past this unreadable share (0.05)")
     return parser.parse_args(argv)
 

@@ -1,7 +1,7 @@
-"""What a pass over one image costs in memory, and how many images at once a budget allows.
+"""What a pass over images takes in memory, and how many images at once a budget allows.
 
-The cost is measured on a real pass, so it holds for every autoencoder and energy. On a CPU two witnesses are asked:
-the dispatcher, which sees every tensor that lives, those that autograd saves too, but not what a convolution borrows
+That is measured on a real pass, so it holds for every autoencoder and energy. On a CPU two witnesses are asked: the
+dispatcher, which sees every tensor that lives, those that autograd saves too, but not what a convolution borrows
 inside; and the system, which sees all of it, but not what fits into memory that was freed before.
 """
 
@@ -12,7 +12,7 @@ import ctypes
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +27,8 @@ Precision = Literal["fp32", "bf16"]
 GIB = 1 << 30
 CPU_GIB = 4.0  # the budget where none is given
 GPU_SHARE = 0.8  # of the free memory, likewise
-# On what is measured for one image. Several images leave gaps between them: up to 6 % were seen (docs/experiments.md).
-ALLOWANCE = 1.1
+ALLOWANCE = 1.1  # on what is measured: freed blocks leave gaps
+LOOK = 384 << 20  # bytes of a measurement on several images
 # Where the system does not tell the peak: the workspaces of convolutions took up to as much again as the tensors.
 UNSEEN = 2.0
 _MMAP_FROM, _TRIM_FROM = 4 << 20, 32 << 20
@@ -41,7 +41,7 @@ class _Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = self._live = 0
-        self._known: dict[int, weakref.ref | None] = {}
+        self._known: dict[int, weakref.ref] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -51,16 +51,17 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # What an operation is given may be older than this mode: views of weights are no new memory.
         for tensor in _tensors((args, kwargs)):
-            self._known.setdefault(tensor.untyped_storage()._cdata, None)
+            self._meet(tensor.untyped_storage(), new=False)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
-            self._meet(tensor.untyped_storage())
+            self._meet(tensor.untyped_storage(), new=True)
         return result
 
-    def _meet(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
+    def _meet(self, storage: torch.UntypedStorage, *, new: bool) -> None:
+        place = storage._cdata
         if place in self._known:
             return
+        size = storage.nbytes() if new else 0
 
         def gone(_: weakref.ref) -> None:
             self._live -= size
@@ -100,7 +101,7 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
-def pass_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+def cost_of(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Bytes that `function()` takes while it runs and gives back: tensors, and workspaces as far as they show."""
     if torch.device(device).type != "cpu":
         return peak_bytes(function, device)
@@ -113,16 +114,17 @@ def pass_bytes(function: Callable[[], object], device: torch.device | str = "cpu
 
 
 def return_freed_memory() -> None:
-    """Let glibc hand blocks of 4 MiB and more back to the system as soon as they are freed.
+    """Let glibc hand what is free back to the system, and from now on blocks of 4 MiB and more at once.
 
     By itself it begins to keep blocks of up to 32 MiB: a third more memory for an energy at 1024 pixels, and gaps
     that nobody can foretell. Without effect elsewhere.
     """
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM)
         # The default of 128 KiB, which comes with the line above, would give small blocks back all the time.
-        mallopt(_M_TRIM_THRESHOLD, _TRIM_FROM)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_FROM)
+        libc.malloc_trim(0)
 
 
 def chunk_for(budget: int, base: int, per_image: int) -> int:
@@ -172,7 +174,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    one: Callable[[], object],
+    run: Callable[[int], object],
     *,
     modules: Iterable[nn.Module],
     most: int,
@@ -184,27 +186,34 @@ def plan_memory(
 ) -> MemoryPlan:
     """How many images, at most `most`, go through at once within `budget` bytes (see `budget_bytes`).
 
-    `one()` is the work for one image, and is run once; `kept` are bytes for each image that it does not show, and
-    `beside` those that do not grow with the images. Raises UserError where not even one image fits.
+    `run(n)` is the work for n images. It is run for one and, where that is little, for as many as take about 384
+    MiB: what depends on the weights alone outweighs one small image. More than were run are taken to need as much
+    each, which is never too little. `kept` are bytes for each image that `run` does not show, `beside` those that do
+    not grow with the images. Raises UserError where not even one image fits.
     """
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu:
         return_freed_memory()
     before = _status("VmHWM") if on_cpu else 0
-    per_image = round(ALLOWANCE * pass_bytes(one, device)) + kept
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     weights = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-    base = resident_bytes() if on_cpu else torch.cuda.memory_allocated(device)
-    images = min(most, chunk_for(budget, base + beside, per_image))
-    result = MemoryPlan(max(1, images), weights, per_image, beside, max(0, base - weights), before, budget)
+    seen, more = 0, 1
+    while more > seen:
+        seen = more
+        cost = cost_of(lambda count=seen: run(count), device) / seen
+        # What torch and the program hold for good after the first pass is no image's.
+        base = resident_bytes() if on_cpu else torch.cuda.memory_allocated(device)
+        per_image = round(ALLOWANCE * cost) + kept
+        images = min(most, chunk_for(budget, base + beside, per_image))
+        more = min(images, int(LOOK / max(1, cost)))
+    result = MemoryPlan(max(1, images), weights, per_image, beside, max(0, base - weights), 0, budget)
     if images < 1:
-        needed = base + beside + per_image
         lower = ", or --precision bf16" if precision == "fp32" and has_bf16(device) else ""
         raise UserError(
-            f"one image at a time takes about {needed / GIB:.2f} GiB ({result.parts}), the budget is "
-            f"{budget / GIB:.2f}: give --memory {math.ceil(needed / GIB * 10) / 10:g}{lower}"
+            f"one image at a time takes about {result.peak / GIB:.2f} GiB ({result.parts}), the budget is "
+            f"{budget / GIB:.2f}: give --memory {math.ceil(result.peak / GIB * 10) / 10:g}{lower}"
         )
-    return result
+    return replace(result, before=before)
 
 
 def has_bf16(device: torch.device | str = "cpu") -> bool:

@@ -151,6 +151,8 @@ def test_bfloat16_autocast(tiny):
         found = tiny.decode(w, noise=noise)
         loss = found.square().mean() + tiny.critic(w).mean()
     assert found.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the maps, which take the memory
+        assert tiny.encoder.blocks[2](torch.randn(1, 4, 16, 16))[0].dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item())
     loss.backward()
     quiet = {name for name, parameter in tiny.named_parameters() if parameter.grad is None}
@@ -242,17 +244,27 @@ PLAIN = {
 }
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(6, 4), (6, 16)])  # small maps resample apart from the convolution
 @pytest.mark.parametrize(("resample", "fused"), list(PLAIN))
-def test_convolution_is_the_plain_one(resample, fused):
+def test_convolution_is_the_plain_one(resample, fused, size, memory_format):
     torch.manual_seed(0)
     layer = EqualizedConv(3, 5, 3, bias=True, resample=resample, fused=fused).double()
     assert layer.weight.shape == ((3, 5, 3, 3) if (resample, fused) == ("up", True) else (5, 3, 3, 3))
     weight, bias = torch.randn_like(layer.weight), torch.randn(5).double()
 
     def function(x, weight, bias):
+        x, weight = (tensor.contiguous(memory_format=memory_format) for tensor in (x, weight))
         return functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
-    assert_same_function(function, PLAIN[resample, fused], torch.randn(2, 3, 6, 4).double(), weight, bias)
+    assert_same_function(function, PLAIN[resample, fused], torch.randn(2, 3, *size).double(), weight, bias)
+
+
+def test_bias_of_the_caller():
+    torch.manual_seed(0)
+    layer, bias = EqualizedConv(3, 5, 3), torch.randn(1, 5, 1, 1)
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(layer(x, bias), layer(x) + bias)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 8)])
@@ -279,6 +291,18 @@ def test_style_is_the_plain_one():
         return x * (1 + scale) + shift
 
     assert_same_function(function, plain, torch.randn(2, 3, 5, 5).double(), torch.randn(2, 4).double())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_moments_are_those_of_torch(memory_format):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 8).double().contiguous(memory_format=memory_format)
+    for index in (0, 1):
+        assert_same_function(
+            lambda x, i=index: moments(x)[i].exp(),
+            lambda x, i=index: torch.var_mean(x, (2, 3), correction=0, keepdim=True)[1 - i].exp(),
+            x,
+        )
 
 
 def test_moments_are_taken_in_float32():

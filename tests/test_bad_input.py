@@ -188,6 +188,9 @@ def test_encoding_with_wrong_options(refused, chain, tmp_path):
     assert "--dtype float16 has no effect here" in one(refused(*encode(chain, tmp_path / "out", dtype="float16")))
     line = one(refused(*encode(chain, tmp_path / "out", shards=chain.fruit / "apples")))
     assert line.startswith("no such shard folder: ") and line.endswith("apple?")
+    assert "--memory nan: expected GiB, more than 0" in one(refused(*encode(chain, tmp_path / "out", memory="nan")))
+    line = one(refused(*encode(chain, tmp_path / "out", memory=0.01)))
+    assert line.startswith("one image at a time takes about ") and ", the budget is 0.01: give --memory " in line
     line = one(refused(*encode(chain, tmp_path / "out", shards=chain.latents("apple"))))
     assert line == f"{chain.latents('apple')} holds codes, not images"
     assert not (tmp_path / "out").exists()
@@ -325,6 +328,9 @@ def test_which_domain_to_go_to(refused, chain, tmp_path):
         (["--step-size", 0], "step_size: "),
         (["--batch", 0], "--batch and --limit must be at least 1"),
         (["--limit", 0], "--batch and --limit must be at least 1"),
+        (["--memory", 0], "--memory 0: expected GiB, more than 0"),
+        (["--memory", -1.5], "--memory -1.5: expected GiB, more than 0"),
+        (["--memory", 0.01], "one image at a time takes about "),
     ],
 )
 def test_settings_of_the_chain(refused, chain, tmp_path, options, expected):
@@ -387,11 +393,11 @@ def test_unreadable_images_are_left_out_and_listed(chain, photos, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
         *("deep.png", "good.png", "ink.png", "more.png")
     ]
-    left_out = dict(line.removeprefix("left out: ").split(": ", 1) for line in done.out.splitlines()[:4])
+    left_out = dict(line.removeprefix("left out: ").split(": ", 1) for line in done.out.splitlines()[1:5])
     assert sorted(left_out) == [str(photos / name) for name in ("cut.png", "empty.webp", "moving.gif", "text.png")]
     assert left_out[str(photos / "empty.webp")] == "empty file"
     assert "3 frames" in left_out[str(photos / "moving.gif")] and "truncated" in left_out[str(photos / "cut.png")]
-    assert done.out.splitlines()[4] == f"4 translations in {tmp_path / 'out'}, 4 unreadable images left out"
+    assert done.out.splitlines()[5] == f"4 translations in {tmp_path / 'out'}, 4 unreadable images left out"
 
 
 def test_too_many_unreadable_images_stop_the_program(refused, chain, photos, tmp_path):

@@ -1,11 +1,14 @@
 """Encoding a domain: the same as image by image, every view, every dtype, and interruptions."""
 
 import hashlib
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from plain_autoencoders import Flat
 
+from letit_dist import memory
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.autoencoders.vqvae2 import VQVAE2
 from letit_dist.data.encoding import EncodeOptions, encode_domain, random_crop
@@ -14,6 +17,7 @@ from letit_dist.data.latents import LatentSet
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.transforms import to_images
 from letit_dist.errors import UserError
+from letit_dist.memory import GIB, peak_bytes
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +216,59 @@ def test_several_folders_are_one_domain(flat, fruit_shards, tmp_path):
     assert len(latents) == 64 and latents.keys[62] == both.key(31)
     torch.testing.assert_close(latents.take([62])["latent"], flat.encode(image(both, 31)))
     assert Index.read(tmp_path / "out").meta["images"] == 32
+
+
+# Memory
+
+
+def test_another_number_at_once_continues_an_interrupted_encoding(vqvae2, apples, tmp_path):
+    small = options(flip=True, shard_bytes=24_000)
+    encode_domain(vqvae2, apples, tmp_path / "whole", small)
+    broken = Interrupted(vqvae2.config)
+    broken.load_state_dict(vqvae2.state_dict())
+    broken.eval().left = 4
+    with pytest.raises(KeyboardInterrupt):
+        encode_domain(broken, apples, tmp_path / "out", small)
+    lines = []
+    encode_domain(vqvae2, apples, tmp_path / "out", replace(small, batch=5), budget=64 * GIB, say=lines.append)
+    assert "5 images at once" in lines[0]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_the_budget_decides_how_many_at_once(flat, apples, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "cost_of", lambda work, _: peak_bytes(work))
+    monkeypatch.setattr(memory, "_status", lambda _: 0)
+    calls, encode = [], Flat.encode
+
+    def counted(self, images):
+        calls.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(Flat, "encode", counted)
+    lines = []
+    encode_domain(flat, apples, tmp_path / "few", options(batch=8), budget=150_000, say=lines.append)
+    (line,) = lines
+    at_once = int(re.search(r"(\d+) images at once", line).group(1))
+    assert 1 < at_once < 8 and calls[-2:] == [at_once, 8 % at_once or at_once]
+    encode_domain(flat, apples, tmp_path / "all", options(batch=8))
+    few, whole = (LatentSet.open(tmp_path / name).take(range(8))["latent"] for name in ("few", "all"))
+    torch.testing.assert_close(few, whole)
+    with pytest.raises(UserError, match="one image at a time takes about"):
+        encode_domain(flat, apples, tmp_path / "none", options(), budget=20_000)
+    assert not (tmp_path / "none").exists()
+    lines.clear()
+    assert "nothing to do" in encode_domain(flat, apples, tmp_path / "all", options(), budget=1, say=lines.append)
+    assert not lines
+
+
+def test_precision_is_part_of_what_was_encoded(flat, apples, tmp_path):
+    encode_domain(flat, apples, tmp_path / "fp32", options())
+    encode_domain(flat, apples, tmp_path / "bf16", options(precision="bf16"))
+    low, full = (LatentSet.open(tmp_path / name).take(range(8))["latent"] for name in ("bf16", "fp32"))
+    assert low.dtype == torch.float32 and not torch.equal(low, full)
+    torch.testing.assert_close(low, full, rtol=0.05, atol=0.05)
+    assert "precision" not in Index.read(tmp_path / "fp32").meta
+    assert "already encoded" in encode_domain(flat, apples, tmp_path / "bf16", options(precision="bf16"))
+    for folder, other in (("fp32", "bf16"), ("bf16", "fp32")):
+        with pytest.raises(UserError, match=r"holds other latents than asked for[^\n]*\nprecision: "):
+            encode_domain(flat, apples, tmp_path / folder, options(precision=other))

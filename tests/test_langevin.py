@@ -47,6 +47,15 @@ def latents():
 # Closed forms
 
 
+def test_every_point_of_the_path_is_watched(start):
+    seen = []
+    for steps in (0, 4):
+        seen.clear()
+        chain = sampler(steps=steps)
+        result = chain.sample(Quadratic(), start, keep_path=True, watch=lambda z: seen.append(z.clone()))
+        assert torch.equal(torch.stack(seen), result.path)
+
+
 def test_quadratic_energy_shrinks_geometrically(start):
     k, step = 1.7, 0.3
     result = sampler(step_size=step).sample(Quadratic(k), start, keep_path=True)

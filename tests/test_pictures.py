@@ -17,6 +17,18 @@ def test_pixels_are_rounded_and_clipped():
     assert to_picture(colour).size == (3, 2) and to_picture(colour).getpixel((2, 1)) == (0, 128, 255)
 
 
+def test_pixels_are_taken_as_they_are(tmp_path):
+    pixels = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    assert to_picture(pixels).getpixel((1, 0)) == (1, 17, 33)
+    floats = pixels.float() / 127.5 - 1
+    for draw in (lambda image: strip([image, image]), lambda image: grid({"row": [image]})):
+        assert draw(pixels).tobytes() == draw(floats).tobytes()
+    save_animation([pixels, pixels.flip(-1)], tmp_path / "a.gif")
+    save_animation(torch.stack([floats, floats.flip(-1)]), tmp_path / "b.gif")
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+    assert Image.open(tmp_path / "a.gif").n_frames == 2
+
+
 def test_whole_factors_keep_the_pixels():
     image = torch.zeros(3, 2, 2)
     image[:, 0, 1] = 1

@@ -149,6 +149,56 @@ def test_decoder_noise_stays_the_same_along_the_path(translator, images):
     assert torch.equal(given, translator.autoencoder.decode(result.latents, noise=noise))
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.6, 1.0])
+def test_frames_come_one_by_one(translator, images, strength):
+    noise = [torch.randn(2, *shape, generator=draw(7)) for shape in translator.autoencoder.noise_shapes()]
+    frames = []
+    result = translator.translate(images, strength=strength, decoder_noise=noise, on_frame=frames.append)
+    kept = translator.translate(images, strength=strength, decoder_noise=noise, keep_path=True)
+    # A kept path may lie in memory in another order, in which convolutions round in another way.
+    torch.testing.assert_close(torch.stack(frames), kept.path_images, rtol=1e-5, atol=1e-6)
+    assert torch.equal(result.images, frames[-1]) and torch.equal(result.shift, kept.shift)
+    assert torch.equal(result.images, translator.translate(images, strength=strength, decoder_noise=noise).images)
+    assert result.path is None and result.path_images is None
+    drawn = []
+    translator.translate(images, strength=strength, decoder_generator=draw(), on_frame=drawn.append)
+    kept = translator.translate(images, strength=strength, decoder_generator=draw(), keep_path=True)
+    torch.testing.assert_close(torch.stack(drawn), kept.path_images, rtol=1e-5, atol=1e-6)
+    shared = draw()
+    with pytest.raises(ValueError, match="a generator each"):
+        translator.translate(images, generator=shared, decoder_generator=shared, on_frame=frames.append)
+
+
+def test_bf16_lowers_the_networks_and_nothing_else(autoencoder, energy, images):
+    low = Translator(autoencoder, energy, LangevinSampler(LangevinConfig(steps=STEPS, step_size=2.0)))
+    full = low.translate(images, keep_path=True)
+    low.precision = "bf16"
+    found = low.translate(images, keep_path=True)
+    for name in ("images", "latents", "source_latents", "shift", "path", "path_images"):
+        assert getattr(found, name).dtype == torch.float32
+    assert not torch.equal(found.images, full.images)
+    torch.testing.assert_close(found.images, full.images, atol=0.1, rtol=0.1)
+    assert low.decode(full.latents).dtype == low.encode(images).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+    assert low.translate(images, strength=0.9, keep_path=True).path.dtype == torch.float32
+
+
+def test_decoder_noise_belongs_to_the_place(translator):
+    """VQ-VAE-2 has noise maps, but translations are decoded without; ALAE's are drawn, each for its own place."""
+    assert translator.autoencoder.noise_shapes() and translator.decoder_noise(0, range(3)) is None
+    torch.manual_seed(0)
+    alae = build_autoencoder(AUTOENCODERS.get("alae").tiny).requires_grad_(False)
+    energy = build_energy(MLPEnergyConfig(hidden=4), alae.latent_shape).requires_grad_(False)
+    other = Translator(alae, energy, LangevinSampler(LangevinConfig(steps=1, step_size=1.0)))
+    maps = other.decoder_noise(5, range(4))
+    assert [tuple(m.shape) for m in maps] == [(4, *shape) for shape in alae.noise_shapes()]
+    again = other.decoder_noise(5, torch.tensor([2, 7]))
+    for one, two in zip(maps, again, strict=True):
+        assert torch.equal(one[2], two[0]) and not torch.equal(one[0], one[1]) and not torch.equal(one[1], two[1])
+    assert not torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], other.decoder_noise(6, range(4))[0])
+
+
 def test_other_latents_are_refused(autoencoder):
     sampler = LangevinSampler(LangevinConfig(steps=1, step_size=1.0))
     with pytest.raises(UserError, match=r"\(5,\)"):

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from plain_autoencoders import Pixels
 
+from letit_dist import memory
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.data.inputs import open_images
 from letit_dist.data.transforms import decode, to_images, to_pixels
@@ -14,7 +15,8 @@ from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
 from letit_dist.energy.models import MLPEnergyConfig, build_energy
 from letit_dist.energy.translate import Translator, choose_translator, open_translator
 from letit_dist.errors import UserError
-from letit_dist.evaluation.translating import TranslateOptions, translate_all
+from letit_dist.evaluation.translating import TranslateOptions, plan_translation, translate_all
+from letit_dist.memory import GIB, peak_bytes
 from letit_dist.pretrained import find_folder
 from letit_dist.registry import AUTOENCODERS
 
@@ -49,8 +51,8 @@ def apples(fruit_shards):
     return fruit_shards / "apple/test"
 
 
-def translate(translator, source, out, limit=None, **options):
-    return list(translate_all(translator, open_images(source, 16, limit), out, TranslateOptions(**options)))
+def translate(translator, source, out, limit=None, budget=None, **options):
+    return list(translate_all(translator, open_images(source, 16, limit), out, TranslateOptions(**options), budget))
 
 
 def pixels_of(folder):
@@ -126,6 +128,70 @@ def test_formats(apples, tmp_path):
     [jpg], [png] = (tmp_path / "jpg").iterdir(), (tmp_path / "png").iterdir()
     assert jpg.suffix == ".jpg" and Image.open(jpg).format == "JPEG"
     assert (decode(jpg.read_bytes()).int() - decode(png.read_bytes()).int()).abs().float().mean() < 5
+
+
+# Memory
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Memory as if nothing but the pass itself took any: budgets of a few KiB then mean what they say."""
+    monkeypatch.setattr(memory, "cost_of", lambda work, _: peak_bytes(work))
+    monkeypatch.setattr(memory, "_status", lambda _: 0)
+
+
+def test_the_budget_decides_how_many_at_once_and_changes_no_picture(apples, tmp_path, alone):
+    noisy = painter(noise_scale=0.1)
+    line, *_ = translate(noisy, apples, tmp_path / "large", budget=4 * GIB, sheet=True, path=True)
+    assert line.startswith("memory: about 0.0 GiB at the peak (weights 0.0, 8 images at once x ")
+    sizes, work = [], noisy.autoencoder.encode
+
+    def counted(images):
+        if images.amin() < images.amax():  # a grey image only measures
+            sizes.append(len(images))
+        return work(images)
+
+    noisy.autoencoder.encode = counted
+    pixels = 3 * 16**2
+    # Sources, noise and gradients: a dozen float images each. Sheets and paths are drawn one at a time.
+    drawn = 3 * 96**2 * 24 + 3 * 7 * pixels
+    translate(noisy, apples, tmp_path / "small", budget=drawn + 5 * 12 * 4 * pixels, sheet=True, path=True)
+    assert max(sizes) in (2, 3, 4, 5) and sum(sizes) == 8 and sizes[:-1] == [max(sizes)] * (len(sizes) - 1)
+    for part in ("", "paths", "sheets"):
+        large, small = (pixels_of(tmp_path / name / part) for name in ("large", "small"))
+        assert large.keys() == small.keys() and large
+        for name, image in large.items():
+            assert (image.int() - small[name].int()).abs().max() <= 1
+
+
+def test_kept_frames_and_sheets_are_counted(apples, alone):
+    count = len(open_images(apples, 16))
+
+    def planned(**options):
+        return plan_translation(painter(), count, TranslateOptions(**options), GIB)
+
+    plain, path, longer = planned(), planned(path=True), planned(path=True, steps=40)
+    pixels = 3 * 16**2
+    assert plain.images == 8 and plain.beside == 0
+    assert path.per_image - plain.per_image >= 4 * pixels
+    # A frame of 37 further steps is 768 bytes here, kept as pixels; the strip is drawn at 96 pixels a side.
+    assert longer.per_image - path.per_image == pytest.approx(37 * pixels, abs=pixels)
+    assert longer.beside - path.beside == 37 * 3 * 96**2
+    sheet = planned(sheet=True)
+    assert sheet.beside == 24 * 3 * 96**2 + 21 * pixels and sheet.per_image > plain.per_image
+    assert planned(path=True, steps=40, strength=0.5).beside == 21 * 3 * 96**2
+
+
+def test_a_budget_for_not_even_one(apples, tmp_path, alone):
+    with pytest.raises(UserError, match=r"one image at a time takes about .*: give --memory 0\.1$"):
+        translate(painter(), apples, tmp_path / "out", budget=1000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_comes_before_the_work(apples, tmp_path):
+    lines = translate_all(painter(), open_images(apples, 16), tmp_path / "out", TranslateOptions(), GIB * 64)
+    assert next(lines).startswith("memory: about ") and not (tmp_path / "out").exists()
+    assert next(lines) == f"8 translations in {tmp_path / 'out'}"
 
 
 def test_nothing_is_written_for_wrong_settings(apples, tmp_path):

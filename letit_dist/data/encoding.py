@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +22,6 @@ from letit_dist.data.transforms import to_images
 from letit_dist.errors import UserError
 from letit_dist.memory import MemoryPlan, Precision, lowered, plan_memory
 from letit_dist.pretrained import tensors_fingerprint
-
 
 _READ_AHEAD = 4  # batches that the loader keeps ready for each worker
 
@@ -108,13 +106,14 @@ def encode_domain(
     domain: str | None = None,
     device: torch.device | str = "cpu",
     budget: int | None = None,
-    say: Callable[[str], object] = partial(print, flush=True),
+    say: Callable[[str], object] = print,
 ) -> str:
     """Write the latents (or codes) of every image and view to `out`; returns one line that says what was done.
 
-    Within `budget` bytes, if given, as few images go through at once as `plan_encoding` says; `say` gets the plan
-    before the work. Finished folders are recognised, interrupted ones continued, with any number at once. Raises UserError if `out` holds something
-    else, if the images are of another size than the autoencoder's, and for an image that cannot be read.
+    Within `budget` bytes, if given, no more images go through at once than `plan_encoding` says; `say` gets the
+    plan before the work. Finished folders are recognised, interrupted ones continued, with any number at once.
+    Raises UserError if `out` holds something else, if the images are of another size than the autoencoder's, and
+    for an image that cannot be read.
     """
     if other := [index for index in dataset.indexes if index.kind != "images"]:
         raise UserError(f"{other[0].folder} holds {other[0].kind}, not images")
@@ -182,12 +181,12 @@ def plan_encoding(
 ) -> MemoryPlan:
     """How many images go through at once within `budget` bytes: at most `options.batch`, and `count`.
 
-    Encodes every view of one grey image to see what it takes. Raises UserError for a budget too small for one.
+    Encodes every view of grey images to see what that takes. Raises UserError for a budget too small for one.
     """
     side = autoencoder.config.resolution
     grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
     return plan_memory(
-        lambda: _encode_views(autoencoder, grey, torch.zeros(1, dtype=torch.int64), options, device),
+        lambda images: _encode_views(autoencoder, grey.repeat(images, 1, 1, 1), torch.arange(images), options, device),
         modules=[autoencoder],
         most=min(options.batch, count),
         budget=budget,

@@ -27,9 +27,8 @@ class Progress:
             self.last = time.monotonic()
             rate = (self.done - self.first) / (self.last - self.begun)
             left = (self.total - self.done) / rate if rate else 0
-            print(
-                f"{self.label}: {self.done}/{self.total}, {rate:.0f}/s, {left:.0f} s left", file=sys.stderr, flush=True
-            )
+            pace = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+            print(f"{self.label}: {self.done}/{self.total}, {pace}/s, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

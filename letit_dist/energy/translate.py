@@ -174,7 +174,8 @@ class Translator:
     ) -> Translation:
         """Images (B, 3, H, W) in [-1, 1] of the source domain, translated to the target's.
 
-        The first arguments are those of `transport`; the decoder's noise is that of `Autoencoder.decode`. With
+        The first arguments are those of `transport`; the decoder's noise is that of `Autoencoder.decode` (the
+        programs give `decoder_noise` by place). With
         `keep_path` every step is decoded too, one step's B images at a time and each with the same decoder
         noise, so that only the latents change along the path. `on_frame` gets the same frames (B, 3, H, W) one by
         one as the chain goes, and nothing of them is kept: all of them at 1024 pixels would be half a GiB an image.

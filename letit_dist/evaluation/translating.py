@@ -67,7 +67,7 @@ def _translate(translator: Translator, pixels: Tensor, places: Sequence[int], op
 def plan_translation(translator: Translator, count: int, options: TranslateOptions, budget: int) -> MemoryPlan:
     """How many images go through at once within `budget` bytes: at most `options.batch`, and `count`.
 
-    Translates one grey image with two steps of the chain to see what it takes. What decoding a large photograph
+    Translates grey images with two steps of the chain to see what that takes. What decoding a large photograph
     takes on the way in is not counted. Raises UserError for settings out of range and a budget too small for one.
     """
     _, whole, fraction = translator.chain(steps=options.steps, step_size=options.step_size, strength=options.strength)
@@ -79,7 +79,7 @@ def plan_translation(translator: Translator, count: int, options: TranslateOptio
     frames = whole + (fraction > 0) + 1 if options.path else 0
     waiting = _SHEET_COLUMNS - 1 if options.sheet else 0
     return plan_memory(
-        lambda: _translate(translator, grey, range(1), brief),
+        lambda images: _translate(translator, grey.repeat(images, 1, 1, 1), range(images), brief),
         modules=(translator.autoencoder, translator.energy),
         most=min(options.batch, count),
         budget=budget,
@@ -97,7 +97,7 @@ def translate_all(
 
     Within `budget` bytes, if given, chunks are as small as `plan_translation` says, and the plan is the first line.
     Noise, of the chain or of the decoder, belongs to the image's place among the readable ones, so a chunk size
-    changes nothing.
+    changes nothing beyond rounding.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder")
@@ -122,6 +122,7 @@ def translate_all(
                     sheets.append(_sheet(waiting, out, len(sheets)))
             done += len(batch)
             progress.step(len(batch))
+            del result  # or it would stay beside the next one
     if waiting["source"]:
         sheets.append(_sheet(waiting, out, len(sheets)))
     for name, reason in images.bad:

@@ -1,0 +1,225 @@
+"""Both sides of `throughput.py alae`: the published iteration and the trainer's, from the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from naive_alae import PHASES, NaiveALAE
+from torch import Tensor
+
+from letit_dist.autoencoders.alae import ALAE, ALAEConfig
+from letit_dist.config import IntervalsConfig, TrainingConfig
+from letit_dist.errors import UserError
+from letit_dist.evaluation.benchmark import Side
+from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig
+from letit_dist.recipes.base import Batch, OptimizerConfig
+from letit_dist.training.setup import create_accelerator, seed_weights
+from letit_dist.training.trainer import Trainer
+
+RATE, HALF_LIFE = 1.5e-3, 10_000.0  # as published
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far apart results may be: losses relatively, gradients and averages in units of the largest entry of their
+    tensor, weights in units of the optimiser's step. Weights whose gradient is below `floor` of the largest one are
+    exempt: Adam's first step is the gradient's sign, and the sign of rounding is nobody's."""
+
+    loss: float = 1e-5
+    gradient: float = 1e-8
+    weight: float = 1e-6
+    average: float = 1e-8
+    floor: float = 1e-6
+
+
+class Differences:
+    """The largest of each kind so far; a UserError beyond the tolerance."""
+
+    def __init__(self, tolerance: Tolerance):
+        self.tolerance = tolerance
+        self.found = dict.fromkeys(("loss", "gradient", "weight", "average"), 0.0)
+        self.weights = self.exempt = 0
+
+    def note(self, kind: str, difference: float, where: str) -> None:
+        """`difference` of `kind` was seen at `where`."""
+        limit = getattr(self.tolerance, kind)
+        if not difference <= limit:
+            raise UserError(f"the two sides disagree: {kind} of {where} by {difference:.2g}, allowed are {limit:.2g}")
+        self.found[kind] = max(self.found[kind], difference)
+
+
+class AlaeSides:
+    """One iteration of training, by hand and by the trainer, on the same images."""
+
+    def __init__(
+        self,
+        config: ALAEConfig,
+        *,
+        batch: int,
+        run: Path,
+        precision: str = "fp32",
+        compiler: str | None = None,
+        eps: float = 1e-8,
+        seed: int = 0,
+    ):
+        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides."""
+        seed_weights(seed)
+        network = _without_constants(ALAE(config))
+        optimizer = OptimizerConfig(learning_rate=RATE, betas=(0.0, 0.99), eps=eps)
+        self.recipe = ALAERecipe(ALAERecipeConfig(optimizer=optimizer), network, seed=seed, precision=precision)
+        self.trainer = Trainer(
+            create_accelerator(several_phases=True),
+            self.recipe,
+            feed=None,  # iterations are taken here, one by one
+            run=run,
+            training=TrainingConfig(
+                images=1, batch=batch, precision=precision, ema_half_life=HALF_LIFE, ema_warmup=0.0, seed=seed
+            ),
+            intervals=IntervalsConfig(report=1, samples=1, checkpoint=1),
+        )
+        # Only now are the weights on their device and in their precision.
+        self.naive = NaiveALAE(network, rate=RATE, half_life=HALF_LIFE, eps=eps)
+        self.naive.precision = precision
+        self.level = network.top
+        device, dtype = network.w_mean.device, network.w_mean.dtype
+        self.images = torch.rand(batch, 3, config.resolution, config.resolution).to(device, dtype) * 2 - 1
+        self.batch = Batch({"images": self.images}, torch.arange(batch), 0, batch)
+        self.batch = self.batch.to(device, dtype, self.trainer.memory_format)
+        if compiler:
+            self._compile(compiler)
+
+    def _compile(self, backend: str) -> None:
+        # R1 differentiates inside the loss, which the compiler follows only when told to.
+        torch._dynamo.config.trace_autograd_ops = True
+        for phase, _ in PHASES:
+            for side, name in ((self.recipe, f"{phase}_step"), (self.naive, f"{phase}_loss")):
+                setattr(side, name, torch.compile(getattr(side, name), backend=backend))
+
+    # ---------------------------------------------------------------- what is timed
+
+    @property
+    def naive_side(self) -> Side:
+        """As published; the draws are torch's."""
+
+        def run() -> None:
+            count = len(self.images)
+            for _ in self.naive.iteration(self.images, lambda p: self.naive.draw(p, count, self.level), self.level):
+                pass
+
+        return Side(run, self.naive.held, self.naive.forget_gradients)
+
+    @property
+    def our_side(self) -> Side:
+        """What `Trainer.train` does with a batch, draws included."""
+
+        def run() -> None:
+            for _ in self._our_phases():
+                pass
+
+        return Side(run, self._held, lambda: self.trainer.base_optimizer.zero_grad(set_to_none=True))
+
+    def _our_phases(self) -> Iterator[str]:
+        """As `NaiveALAE.iteration`: stops after each phase."""
+        trainer, batch = self.trainer, self._next_batch()
+        for phase in self.recipe.phases:
+            trainer.step(phase, batch)
+            yield phase.name
+        trainer.means.add(self.recipe.after_batch(batch))
+        trainer.images_seen += batch.size
+        trainer.average.update(self.recipe, batch.size, trainer.images_seen)
+
+    def _next_batch(self) -> Batch:
+        """The same images every time, under the positions of a run: the draws are new."""
+        seen = self.trainer.images_seen
+        return replace(self.batch, images_seen=seen, positions=self.batch.positions + seen)
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from self.recipe.state_dict().values()
+        yield from self.trainer.average.module.state_dict().values()
+        for slots in self.trainer.base_optimizer.state.values():
+            yield from (value for value in slots.values() if isinstance(value, Tensor))
+
+    # ---------------------------------------------------------------- agreement
+
+    def compare(self, tolerance: Tolerance) -> Differences:
+        """One iteration of both on the same draws, in full precision; a UserError beyond the tolerance.
+
+        Each phase starts from equal weights: the naive side takes ours when they have been compared.
+        """
+        with self._full_precision():
+            return self._compare(Differences(tolerance))
+
+    @contextlib.contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """No autocast, nor the shortened products that a GPU takes by default."""
+        products = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        before = [(flags, flags.allow_tf32) for flags in products]
+        precision, self.recipe.precision, self.naive.precision = self.recipe.precision, "fp32", "fp32"
+        try:
+            for flags in products:
+                flags.allow_tf32 = False
+            yield
+        finally:
+            for flags, value in before:
+                flags.allow_tf32 = value
+            self.recipe.precision = self.naive.precision = precision
+
+    def _compare(self, differences: Differences) -> Differences:
+        naive, weights = self.naive, dict(self.recipe.autoencoder.named_parameters())
+        batch = self._next_batch()
+        draws = {phase: self.recipe.draws(phase, batch, self.level) for phase, _ in PHASES}
+        ours = self._our_phases()
+        for phase, loss in naive.iteration(self.images, draws.get, self.level):
+            self.trainer.means.clear()
+            next(ours)
+            found, expected = self.trainer.means.means()[f"loss_{phase}"], float(loss)
+            differences.note("loss", abs(found - expected) / abs(expected), phase)
+            for name, plain in naive.weights.items():
+                moved = plain.grad is not None and name.startswith(dict(PHASES)[phase])
+                self._compare_weight(differences, weights[name], plain, name, phase, moved)
+        list(ours)
+        averages = {name: value for name, value in self.trainer.average.module.autoencoder.named_parameters()}
+        averages["w_mean"] = self.recipe.autoencoder.w_mean
+        for name, plain in {**naive.averages, "w_mean": naive.w_mean}.items():
+            differences.note("average", _apart(averages[name], plain) / float(plain.abs().max()), name)
+        return differences
+
+    @torch.no_grad()
+    def _compare_weight(
+        self, differences: Differences, ours: Tensor, plain: Tensor, name: str, phase: str, moved: bool
+    ):
+        where = f"{name} after {phase}"
+        if not moved:
+            if not torch.equal(ours, plain):
+                raise UserError(f"the two sides disagree: only ours moves {where}")
+            return
+        if ours.grad is None:
+            raise UserError(f"the two sides disagree: only the naive one moves {where}")
+        sizes = plain.grad.abs()
+        if sizes.max() > 0:
+            differences.note("gradient", _apart(ours.grad, plain.grad) / float(sizes.max()), where)
+        compared = (sizes >= differences.tolerance.floor * sizes.max()) | (sizes == 0)
+        differences.weights += compared.numel()
+        differences.exempt += compared.numel() - int(compared.sum())
+        step = RATE * self.naive.coefficients[name]
+        differences.note("weight", _apart(ours[compared], plain[compared]) / step, where)
+        plain.copy_(ours)
+
+
+def _without_constants(network: ALAE) -> ALAE:
+    """Parameters that start as zeros or ones are drawn: zeros hide differences, and while the constant is all ones,
+    instance norm cancels the bias after it, whose gradient is then rounding alone."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if (parameter == parameter.flatten()[0]).all():
+                parameter.normal_(std=1.0 if parameter is network.generator.const else 0.1)
+        network.w_mean.normal_()
+    return network
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().abs().max()) if found.numel() else 0.0

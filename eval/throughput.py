@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""How fast, and in how much memory: the naive formulation of a piece of work against ours.
+
+    python eval/throughput.py alae --threads 1 --out docs/benchmarks
+
+Both sides run in this process, in turns, after their results were found to agree. The table gives the median seconds
+of each, the ratio naive / ours of each pair (median and quartiles; above 1, ours is faster), and the peak memory of
+each: all tensors that live at once, weights and optimiser state included. On a GPU the clock is the GPU's own.
+
+  alae    a training iteration (three phases with their optimiser steps, the average of the weights): the published
+          formulation, eval/naive_alae.py, against the trainer
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from letit_dist.errors import UserError, reports_errors
+
+# Of a network for 256 pixels: channels there, at most, of the latent, and mapping layers. "full" is as published.
+WIDTHS = {"tiny": (2, 8, 8, 2), "small": (8, 64, 64, 8), "medium": (16, 128, 128, 8), "full": (64, 512, 512, 8)}
+
+
+def alae_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--resolution", type=int, nargs="+", default=[64, 128, 256], metavar="PIXELS", help="default: 64 128 256")
+    add("--width", choices=WIDTHS, default="small", help="of the networks (default: small)")
+    add("--full", dest="width", action="store_const", const="full", help="the published widths: --width full")
+    add("--batch", type=int, default=4, metavar="N", help="images an iteration (default: 4, as published for a GPU)")
+
+
+def alae(args: argparse.Namespace) -> Iterator:
+    """A training iteration at each resolution; a smaller one has the layers that the network for 256 has there."""
+    from alae_sides import AlaeSides, Tolerance
+
+    from letit_dist.autoencoders.alae import ALAEConfig
+    from letit_dist.config import parse_config
+    from letit_dist.evaluation.benchmark import Match
+
+    at_least_one(args, "batch")
+    start, most, latent, layers = WIDTHS[args.width]
+    sizes = {"max_channels": most, "latent_dim": latent, "mapping_layers": layers}
+    configs = [
+        parse_config(ALAEConfig, {"resolution": side, "start_channels": max(1, start * 256 // side), **sizes})
+        for side in args.resolution
+    ]
+    for config in configs:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder)
+            # Where LeakyReLU's kink lies within rounding of an activation, gradients jump, and with them R1: only
+            # float64 can tell a wrong formula. With an eps of nothing, its place in Adam makes no difference.
+            exact = AlaeSides(config, batch=min(args.batch, 2), run=run, precision="fp64", eps=1e-30)
+            exact = exact.compare(Tolerance()).found
+            gc.collect()
+            sides = AlaeSides(
+                config, batch=args.batch, run=run, precision="bf16" if args.bf16 else "fp32", compiler=args.compile
+            )
+
+            def agree(sides=sides, exact=exact) -> str:
+                loose = Tolerance(loss=1e-3, gradient=float("inf"), weight=float("inf"), average=float("inf"))
+                found = sides.compare(loose).found
+                return (
+                    f"float64: losses {exact['loss']:.0e}, gradients {exact['gradient']:.0e}, "
+                    f"weights {exact['weight']:.0e}; float32: losses {found['loss']:.0e}"
+                )
+
+            yield Match(f"{config.resolution} pixels", sides.naive_side, sides.our_side, agree)
+
+
+# name -> (its options, a generator of its matches)
+BENCHMARKS = {"alae": (alae_options, alae)}
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """UserError where an option that counts something is below 1."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--repeats", type=int, default=5, metavar="N", help="timed pairs (default: 5)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
+    add("--threads", type=int, metavar="N", help="of torch on the CPU (default: its own choice)")
+    add("--bf16", action="store_true", help="under bfloat16 autocast; agreement is found without")
+    add("--compile", nargs="?", const="inductor", metavar="BACKEND", help="both sides by torch.compile (inductor)")
+    add("--out", type=Path, metavar="DIR", help="also write DIR/DATE-NAME.md")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
+    for name, (options, _) in BENCHMARKS.items():
+        options(commands.add_parser(name, parents=[common], formatter_class=argparse.RawDescriptionHelpFormatter))
+    return parser.parse_args(argv)
+
+
+def choose_device(asked: str) -> str:
+    """The device, and everybody's: the trainer's accelerator takes the GPU unless it is told."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise UserError("--device cuda: torch sees no GPU here")
+    if asked == "cpu" and found:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    return "cuda" if found and asked != "cpu" else "cpu"
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    at_least_one(args, "repeats", "threads")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file, expected a folder")
+    import torch
+
+    from letit_dist.evaluation.benchmark import Report, machine, measure
+    from letit_dist.training.run import environment
+
+    device = choose_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    results = []
+    for match in BENCHMARKS[args.command][1](args):
+        # A compiler sees several variants of an iteration (with and without style mixing) before it comes to rest.
+        warmup = 5 if args.compile else 1
+        # Buffers of compiled code on a CPU are not seen by anybody.
+        with_memory = not (args.compile and device == "cpu")
+        result = measure(match, device=device, repeats=args.repeats, warmup=warmup, with_memory=with_memory)
+        results.append(result)
+        print(f"{result.name}: naive / ours {result.quartiles[1]:.2f}", file=sys.stderr, flush=True)
+    command = shlex.join(["python", "eval/throughput.py", *(sys.argv[1:] if argv is None else argv)])
+    hidden = {"command", "out", "device", "threads"}
+    report = Report(
+        title=f"Throughput: {args.command}",
+        command=command,
+        commit=environment()["commit"],
+        machine=machine(device),
+        results=results,
+        settings={name: value for name, value in vars(args).items() if name not in hidden},
+    )
+    print(report.table())
+    if args.out:
+        print(f"report: {report.write(args.out, args.command)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Two ways of computing the same, interleaved in one process: ratio with spread, peak memory, and a dated report."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from letit_dist.errors import UserError
+from letit_dist.evaluation.tables import markdown
+from letit_dist.memory import peak_bytes
+
+Clock = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way: `run` does the work once."""
+
+    run: Callable[[], object]
+    # What lives between two runs, such as weights and the optimiser's state: it counts as memory of this side.
+    held: Callable[[], Iterable[Tensor]] = tuple
+    # Drops what the next run makes anew, such as gradients, so that it is counted once.
+    forget: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A naive formulation against ours. `agree` says how closely their results agree, or raises UserError."""
+
+    name: str
+    naive: Side
+    ours: Side
+    agree: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table. `seconds` are those of (naive, ours) in each pair; memory in bytes, None = not seen."""
+
+    name: str
+    seconds: tuple[tuple[float, float], ...]
+    memory: tuple[int, int] | None
+    agreement: str
+
+    @property
+    def ratios(self) -> list[float]:
+        """Naive over ours in each pair: above 1, ours is faster."""
+        return [naive / ours for naive, ours in self.seconds]
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Of the ratios; the second is the median."""
+        return quartiles(self.ratios)
+
+    def row(self) -> dict[str, object]:
+        """Column -> what it shows."""
+        low, middle, high = self.quartiles
+        naive, ours = (statistics.median(side) for side in zip(*self.seconds, strict=True))
+        return {
+            "case": self.name,
+            "naive, s": f"{naive:.3g}",
+            "ours, s": f"{ours:.3g}",
+            "naive / ours": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            "pairs": len(self.seconds),
+            "naive, MiB": self.memory and f"{self.memory[0] / 2**20:.1f}",
+            "ours, MiB": self.memory and f"{self.memory[1] / 2**20:.1f}",
+            "agreement": self.agreement,
+        }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile, interpolated between the values."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def clock(device: torch.device | str) -> Clock:
+    """Seconds that a function takes: events on a GPU, whose work is only queued when a function returns."""
+    if torch.device(device).type != "cuda":
+        return _on_host
+
+    def on_gpu(function: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record(torch.cuda.current_stream(device))
+        function()
+        end.record(torch.cuda.current_stream(device))
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1000
+
+    return on_gpu
+
+
+def _on_host(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleave(
+    naive: Callable[[], object], ours: Callable[[], object], *, repeats: int, warmup: int, seconds: Clock
+) -> tuple[tuple[float, float], ...]:
+    """Seconds of (naive, ours), in turns: what disturbs the machine for longer than a pair disturbs both alike."""
+    for _ in range(warmup):
+        naive()
+        ours()
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would land in whichever side is running
+    try:
+        pairs = []
+        for _ in range(repeats):
+            gc.collect()
+            pairs.append((seconds(naive), seconds(ours)))
+    finally:
+        if collecting:
+            gc.enable()
+    return tuple(pairs)
+
+
+def memory(side: Side, device: torch.device | str) -> int:
+    """Bytes at the peak of a run: what the side holds, and what the run adds."""
+    side.forget()
+    gc.collect()
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in side.held()}
+    return sum(held.values()) + peak_bytes(side.run, device)
+
+
+def measure(
+    match: Match, *, device: torch.device | str, repeats: int, warmup: int = 1, with_memory: bool = True
+) -> Result:
+    """Check that both sides agree, then time them in turns, then take their memory."""
+    agreement = match.agree()
+    pairs = interleave(match.naive.run, match.ours.run, repeats=repeats, warmup=warmup, seconds=clock(device))
+    # After the timing: by now everything lives that is made once, such as the optimisers' state.
+    peaks = (memory(match.naive, device), memory(match.ours, device)) if with_memory else None
+    return Result(match.name, pairs, peaks, agreement)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def machine(device: torch.device | str) -> str:
+    """Where this runs, in words: the GPU, or the processor with its cores; and torch's threads."""
+    threads = f"{torch.get_num_threads()} torch thread{'s' * (torch.get_num_threads() != 1)}"
+    cores = f"{processor()}, {os.cpu_count()} cores, {threads}"
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda} ({cores})"
+    return cores
+
+
+def processor() -> str:
+    """The model of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+_LEGEND = """\
+Seconds are medians. naive / ours: median of the ratios of each pair (quartiles); above 1, ours is faster. MiB: all
+tensors that live at once at the peak, weights and optimiser state included; on a CPU without the workspaces that
+operations borrow. Agreement: the largest differences, found before anything was timed.
+"""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "no" if value is None or value is False else "yes" if value is True else str(value)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table with everything that it takes to repeat it."""
+
+    title: str
+    command: str
+    commit: str | None
+    machine: str
+    results: Sequence[Result]
+    settings: dict[str, object] = field(default_factory=dict)
+    day: date = field(default_factory=date.today)
+
+    def table(self) -> str:
+        """The results as a Markdown table."""
+        return markdown([result.row() for result in self.results])
+
+    def markdown(self) -> str:
+        """The whole report."""
+        facts = {
+            "date": self.day.isoformat(),
+            "commit": self.commit or "unknown",
+            "machine": self.machine,
+            "torch": torch.__version__,
+            **self.settings,
+        }
+        lines = [f"# {self.title}", "", "```", self.command, "```", ""]
+        lines += [f"- {name}: {_shown(value)}" for name, value in facts.items()]
+        return "\n".join([*lines, "", self.table(), "", _LEGEND])
+
+    def write(self, folder: Path, name: str) -> Path:
+        """FOLDER/DATE-NAME.md, or -2, -3 and so on where it exists: a measurement is never overwritten."""
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder} is a file, expected a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = folder / f"{self.day.isoformat()}-{name}{f'-{number}' if number > 1 else ''}.md"
+            try:
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(self.markdown())
+            except FileExistsError:
+                number += 1
+                continue
+            return path
