@@ -195,7 +195,7 @@ class AlaeSides:
         where = f"{name} after {phase}"
         if not moved:
             if not torch.equal(ours, plain):
-                raise UserError(f"the two sides disagree: only ours moves {where}")
+                raise UserError(f"the two sides disagree: {where}, which the naive one does not move")
             return
         if ours.grad is None:
             raise UserError(f"the two sides disagree: only the naive one moves {where}")

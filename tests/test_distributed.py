@@ -190,7 +190,8 @@ def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, stage):
     started(launch_tiny_alae(tmp_path / "ds", *options, yaml))
     whole = {name: checkpoint(tmp_path / "ds", name) for name in ("model", "average")}
     for name, tensors in whole.items():
-        assert_close(tensors, checkpoint(tmp_path / "ddp", name), rtol=1e-4, atol=1e-5)
+        # Steps of Adam without a first moment are as long as the rate, so that rounding shows at 1e-5 after 72 of them.
+        assert_close(tensors, checkpoint(tmp_path / "ddp", name), rtol=1e-3, atol=1e-4)
 
     newest = sorted((tmp_path / "ds" / "checkpoints").glob("images-*"))[-1]
     newest.rename(tmp_path / "aside")

@@ -107,7 +107,7 @@ def wrong_slope(naive):
         (wrong_slope, "loss of discriminator by"),
         (wrong_coefficient, r"weight of generator.blocks.1.conv2.weight after generator by 0.001, allowed are 1e-06"),
         (wrong_half_life, "average of .* by"),
-        (wrong_bias, "(gradient|loss) of .*"),
+        (wrong_bias, "generator.blocks.1.styled1.bias after discriminator, which the naive one does not move"),
     ],
 )
 def test_a_wrong_formula_is_seen(sides, fault, message):
@@ -270,26 +270,24 @@ def test_the_machine_in_words():
 
 @pytest.mark.parametrize("options", [(), ("--bf16",)])
 def test_alae(tmp_path, options):
-    done = run(*TINY, "--resolution", 8, 16, "--out", tmp_path, *options)
+    done = run(*TINY, "--resolution", 8, 32, "--out", tmp_path, *options)
     assert done.code == 0, done.err
     (path,) = tmp_path.glob("*-alae.md")
     text = path.read_text()
     assert f"report: {path}" in done.out
     table = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.split()[1] for line in (table[0], *table[2:])] == ["case", "8", "16"]
+    assert [line.split()[1] for line in (table[0], *table[2:])] == ["case", "8", "32"]
     assert all(line in done.out for line in table)
     assert "python eval/throughput.py alae --width tiny --batch 2" in text
     for fact in ("- width: tiny", "- batch: 2", f"- bf16: {'yes' if options else 'no'}", "1 torch thread"):
         assert fact in text
-    # Less than half of the naive one's activations, whatever the machine.
-    for line in table[2:]:
-        naive, ours = (float(cell) for cell in line.split("|")[6:8])
-        assert 0 < ours < naive or options
+    naive, ours = (float(cell) for cell in table[-1].split("|")[6:8])
+    assert 0 < ours < naive
 
 
 @pytest.mark.full
 def test_alae_compiled():
-    done = run(*TINY, "--resolution", 8, "--compile", "aot_eager")
+    done = run(*TINY, "--resolution", 8, "--compile", "eager")
     assert done.code == 0, done.err
     assert re.search(r"\| 8 pixels .*\| - +\| - +\| float64", done.out)
 
