@@ -56,6 +56,20 @@ def test_every_point_of_the_path_is_watched(start):
         assert torch.equal(torch.stack(seen), result.path)
 
 
+@pytest.mark.parametrize("unit", [1.0, 1.7])
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_the_mlps_slope_is_that_of_autograd(start, layers, activation, unit):
+    torch.manual_seed(0)
+    config = MLPEnergyConfig(layers=layers, hidden=16, activation=activation, latent_unit=unit)
+    mlp = build_energy(config, start.shape[1:]).double()
+    z = start.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(mlp(z).sum(), z)
+    slope = mlp.slope()(start)
+    assert slope.shape == start.shape and not slope.requires_grad
+    torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-15)
+
+
 def test_quadratic_energy_shrinks_geometrically(start):
     k, step = 1.7, 0.3
     result = sampler(step_size=step).sample(Quadratic(k), start, keep_path=True)
@@ -150,7 +164,7 @@ def test_a_unit_of_one_changes_no_bit(energy, latents, noise_scale):
     for t in range(7):
         z.requires_grad_()
         (gradient,) = torch.autograd.grad(without_unit(energy, z).sum(), z)
-        z = z.detach() - step / 2 * gradient
+        z = torch.sub(z.detach(), gradient, alpha=step / 2)
         if noise_scale:
             z = z + noise_scale * step**0.5 * draws[t]
         shift += gradient.abs()

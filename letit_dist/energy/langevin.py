@@ -81,35 +81,46 @@ class LangevinSampler:
             raise ValueError("noise_scale > 0 needs exactly one of `generator` and `noise`")
         # The path stays in the latents' own precision under autocast: only the energy's layers are lowered.
         with torch.inference_mode(False), torch.enable_grad(), frozen(energy):
-            energy_of = getattr(energy, "folded", lambda: energy)()
+            slope = _slope(energy)
             # Eq. (6) in units of the energy: for u = z / unit, du = -eta/2 dE/du is dz = -eta/2 unit^2 dE/dz.
             unit = getattr(energy, "unit", 1.0)
             z = start.detach().clone()
             shift = torch.zeros_like(z)
-            path, energies = [z], []
+            path = [z]
             if watch is not None:
                 watch(z)
             for step in range(config.steps):
-                z.requires_grad_()
-                value = energy_of(z)  # (B,)
-                assert value.shape == z.shape[:1], f"energies of shape {tuple(value.shape)} for {len(z)} samples"
-                (gradient,) = torch.autograd.grad(value.sum(), z)
-                z = z.detach() - config.step_size / 2 * unit**2 * gradient  # eq. (6)
+                gradient = slope(z)
+                z = torch.sub(z, gradient, alpha=config.step_size / 2 * unit**2)  # eq. (6)
                 if config.noise_scale > 0:
                     eps = noise(step) if noise is not None else _normal(z, generator)
                     assert eps.shape == z.shape, f"noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}"
                     z = z + config.noise_scale * config.step_size**0.5 * unit * eps.to(z)  # eq. (6)
-                shift += unit * gradient.abs()  # section 4.2
+                shift.add_(gradient.abs(), alpha=unit)  # section 4.2
                 if watch is not None:
                     watch(z)
                 if keep_path:
                     path.append(z)
-                    energies.append(value.detach())
             if not keep_path:
                 return LangevinResult(z, shift)
             with torch.no_grad():
-                energies.append(energy_of(z))
-            return LangevinResult(z, shift, torch.stack([p.detach() for p in path]), torch.stack(energies))
+                energy_of = getattr(energy, "folded", lambda: energy)()
+                return LangevinResult(z, shift, torch.stack(path), torch.stack([energy_of(point) for point in path]))
+
+
+def _slope(energy: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Latents (B, *L) to dE/dz (B, *L), without a graph: in closed form where the energy has one."""
+    if hasattr(energy, "slope"):
+        return energy.slope()
+    energy_of = getattr(energy, "folded", lambda: energy)()
+
+    def by_autograd(z: Tensor) -> Tensor:
+        z = z.detach().requires_grad_()
+        value = energy_of(z)  # (B,)
+        assert value.shape == z.shape[:1], f"energies of shape {tuple(value.shape)} for {len(z)} samples"
+        return torch.autograd.grad(value.sum(), z)[0]
+
+    return by_autograd
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
