@@ -10,6 +10,7 @@ are, reconstructed, moved by the mean shift, and translated:
 
   target_accuracy   share taken for the target domain (a translation wants 1, a reconstruction 0)
   content_error     mean absolute error of the factors that must not change, each scaled to [0, 1]
+  content_correlation  mean over those factors of their correlation with the true ones
   pair_error        with --pairs: root mean square difference to the true counterpart of the same name
 
 One JSON line a method goes to OUT/translation.jsonl, a sheet to OUT/translation.png.
@@ -28,10 +29,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("energy", help="run folder of launch/train_energy.py (or its export, with --autoencoder)")
     parser.add_argument("--autoencoder", help="its folder or run (default: the one that the energy's run names)")
+    parser.add_argument("--to", metavar="DOMAIN", help="where to go, for an energy between several domains")
+    parser.add_argument("--from", dest="source", metavar="DOMAIN", help="where from, for an energy of pairs of domains")
     parser.add_argument("--train", required=True, nargs=2, metavar=("SOURCE", "TARGET"), help="real training shards")
     parser.add_argument("--test", required=True, metavar="SOURCE", help="test shards of the source domain")
     parser.add_argument("--pairs", metavar="TARGET", help="test shards of the target in which equal keys are pairs")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: ENERGY/eval)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: ENERGY/eval, and -FROM-TO)")
     parser.add_argument("--judge", type=Path, help="folder that keeps the judge (default: OUT/judge)")
     parser.add_argument("--judge-steps", type=int, default=300, help="training steps of the judge, 64 images each")
     parser.add_argument("--seed", type=int, default=0)
@@ -50,10 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.evaluation.report import write_report
     from letit_dist.evaluation.scoring import check_sizes, score_translations
 
-    out = args.out or Path(args.energy) / "eval"
+    out = args.out or Path(args.energy) / "-".join(["eval", *filter(None, (args.source, args.to))])
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder")
-    translator = open_translator(args.energy, args.autoencoder)
+    translator = open_translator(args.energy, args.autoencoder, to=args.to, source=args.source)
     source, target, test = (ShardDataset([path]) for path in (*args.train, args.test))
     pairs = ShardDataset([args.pairs]) if args.pairs else None
     check_sizes(translator, train=source, test=test, pairs=pairs)

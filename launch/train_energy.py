@@ -7,7 +7,8 @@
     accelerate launch --config_file launch/accelerate/gpu8.yaml launch/train_energy.py ...
 
 The latents come from launch/encode_latents.py. The same command again resumes from the newest checkpoint.
-Swap data.source and data.target (and name another run folder) for the other direction. The run folder ends
+Swap data.source and data.target (and name another run folder) for the other direction; or learn all directions
+between several domains at once (data.domains in place of both, see configs/energy/domains.yaml). The run folder ends
 with export/images-*/: the energy with its chain's settings and its autoencoder's fingerprint.
 Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing.
 """
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.autoencoders.base import load_autoencoder
     from letit_dist.data.latents import LatentSet
     from letit_dist.energy.baselines import MeanShift
-    from letit_dist.energy.models import build_energy
+    from letit_dist.energy.models import build_energy, conditions_of
     from letit_dist.evaluation.latents import all_latents, compare, measure_unit
     from letit_dist.evaluation.tables import markdown
     from letit_dist.pretrained import find_folder
@@ -67,17 +68,22 @@ def main(argv: list[str] | None = None) -> int:
 
     autoencoder = load_autoencoder(find_folder(config.autoencoder))
     fingerprint = autoencoder.fingerprint()
-    source, target = (
-        LatentSet.open(f, autoencoder_fingerprint=fingerprint) for f in (config.data.source, config.data.target)
-    )
-    unit = measure_unit(autoencoder, source, target)
-    mean_shift = MeanShift.fit(all_latents(autoencoder, source), all_latents(autoencoder, target))
+    sides = [LatentSet.open(folder, autoencoder_fingerprint=fingerprint) for folder in config.data.folders]
+    feed = LatentFeed(*sides, seed=config.training.seed, every_way=bool(config.data.domains))
+    unit = measure_unit(autoencoder, *sides)
+    shifts = {
+        (feed.names[source], feed.names[target]): MeanShift.fit(
+            *(all_latents(autoencoder, sides[side]) for side in (source, target))
+        )
+        for source, target in feed.pairs
+    }
+    named = conditions_of(config.energy.condition_on, feed.names) if config.data.domains else []
     seed_weights(config.training.seed)
     recipe = RECIPES.get(config.recipe.kind)(
         config.recipe,
-        build_energy(config.energy, autoencoder.latent_shape, measured_unit=unit),
+        build_energy(config.energy, autoencoder.latent_shape, measured_unit=unit, conditions=named),
         autoencoder,
-        mean_shift,
+        shifts,
         seed=config.training.seed,
         precision=config.training.precision,
     )
@@ -86,19 +92,22 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(
         accelerator,
         recipe,
-        LatentFeed(source, target, seed=config.training.seed),
+        feed,
         run=args.run,
         training=config.training,
         intervals=config.intervals,
     )
-    domains = [side.meta["domain"] for side in (source, target)]
-    trainer.say(f"{domains[0]} ({len(source)} latents) to {domains[1]} ({len(target)}); batch: {plan}")
+    sizes = [f"{name} ({len(side)} latents)" for name, side in zip(feed.names, sides, strict=True)]
+    trainer.say(f"{', '.join(sizes[:-1])} {'and' if config.data.domains else 'to'} {sizes[-1]}; batch: {plan}")
     code = trainer.train()
     if code == 0:
-        export(trainer, autoencoder_fingerprint=fingerprint, source=domains[0], target=domains[1])
+        ends = {"domains": feed.names} if config.data.domains else {"source": feed.names[0], "target": feed.names[1]}
+        export(trainer, autoencoder_fingerprint=fingerprint, **ends)
         if trainer.is_main:
-            sides = (all_latents(autoencoder, side, most=512) for side in (source, target))
-            print(markdown(compare(trainer.trained.energy, trainer.trained.methods(), *sides, unit)))
+            for direction, (source, target) in zip(trainer.trained.directions(), feed.pairs, strict=True):
+                ends = (all_latents(autoencoder, sides[side], most=512) for side in (source, target))
+                print(f"{feed.names[source]} to {feed.names[target]}")
+                print(markdown(compare(direction.energy, direction.methods, *ends, unit)))
     accelerator.end_training()
     return code
 

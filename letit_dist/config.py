@@ -123,10 +123,31 @@ class ImagesConfig(StrictConfig):
 
 
 class LatentsConfig(StrictConfig):
-    """Encoded domains, as launch/encode_latents.py writes them."""
+    """Encoded domains, as launch/encode_latents.py writes them: a source and a target, or several domains."""
 
-    source: str
-    target: str
+    source: str | None = None
+    target: str | None = None
+    domains: tuple[str, ...] = Field(
+        (), description="two or more, for one energy that goes from each to each other (energy.condition_on)"
+    )
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> LatentsConfig:
+        missing = [name for name in ("source", "target") if getattr(self, name) is None]
+        if not self.domains and missing:
+            raise ValueError(f"{' and '.join(missing)} required and not given (or give domains)")
+        if self.domains and len(missing) < 2:
+            raise ValueError("give either source and target, or domains")
+        if len(self.domains) == 1:
+            raise ValueError(f"two or more domains are needed, got only {self.domains[0]}")
+        if len(set(self.folders)) < len(self.folders):
+            raise ValueError(f"the same folder twice: {', '.join(map(str, self.folders))}")
+        return self
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """All of them: source and target, or the domains."""
+        return self.domains or (self.source, self.target)
 
 
 class PretrainConfig(StrictConfig):
@@ -150,9 +171,12 @@ class TrainEnergyConfig(StrictConfig):
     intervals: IntervalsConfig
 
     @model_validator(mode="after")
-    def _two_domains(self) -> TrainEnergyConfig:
-        if self.data.source == self.data.target:
-            raise ValueError(f"data.source and data.target are the same folder: {self.data.source}")
+    def _conditions(self) -> TrainEnergyConfig:
+        conditioned = self.energy.condition_on is not None
+        if self.data.domains and not conditioned:
+            raise ValueError("data.domains needs energy.condition_on (target or pair)")
+        if conditioned and not self.data.domains:
+            raise ValueError("energy.condition_on needs data.domains in place of data.source and data.target")
         return self
 
 
@@ -299,7 +323,7 @@ def _describe(error: dict, schema: type[StrictConfig], at: tuple[str, ...]) -> s
     message = error["msg"].removeprefix("Value error, ")
     if not names:
         return f"{'.'.join(at)}: {message}" if at else message
-    return f"{key}: {message}, got {error['input']!r}"
+    return f"{key}: {message}" if isinstance(error["input"], dict) else f"{key}: {message}, got {error['input']!r}"
 
 
 def _validate(schema: type[C], tree: Any, origins: Origins, problems: list[str], at: tuple[str, ...] = ()) -> C | None:

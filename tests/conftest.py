@@ -177,7 +177,7 @@ def tiny_energy_trainer(run: Path, latents: Path, *, feed=None, training=None, i
         config,
         build_energy(ConvEnergyConfig(), autoencoder.latent_shape),
         autoencoder,
-        MeanShift.fit(*(all_latents(autoencoder, side) for side in sides)),
+        {("apple", "orange"): MeanShift.fit(*(all_latents(autoencoder, side) for side in sides))},
         seed=7,
         precision=training.get("precision", "fp32"),
     )

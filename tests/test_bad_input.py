@@ -275,7 +275,7 @@ def test_wrong_latents(refused, chain, tmp_path):
     def line(**changed):
         return one(refused(*energy_command(chain, tmp_path / "new", **changed)))
 
-    assert "are the same folder" in line(source=chain.latents("orange"))
+    assert "data: the same folder twice: " in line(source=chain.latents("orange"))
     assert "holds images, not latents: encode them first" in line(target=chain.images("orange"))
     assert "no such shard folder" in line(target=tmp_path / "nowhere")
     assert "no weights at" in line(autoencoder=tmp_path / "nowhere")
@@ -312,12 +312,13 @@ def test_no_energy(refused, chain, tmp_path):
 def test_which_domain_to_go_to(refused, chain, tmp_path):
     both = ("--energy", chain.energy(*STYLES[::-1]), chain.energy())
     command = translate(chain, chain.images("apple"), tmp_path / "out", *both)
-    assert one(refused(*command)) == "--to names the domain to go to, one of: apple, orange"
-    assert one(refused(*command, "--to", "pear")).endswith("one of: apple, orange; got 'pear'")
+    ways = "they go: orange to apple, apple to orange"
+    assert one(refused(*command)) == f"several energies fit, {ways}; give --to"
+    assert one(refused(*command, "--to", "pear")) == f"--to pear: none of the energies goes there, {ways}"
     twice = (*command, chain.energy(), "--to", "orange")
-    assert one(refused(*twice)) == "--to orange: 2 of the energies go there: give only one of them"
+    assert one(refused(*twice)) == f"--to orange: several energies fit, {ways}, apple to orange; give --from"
     command = translate(chain, chain.images("apple"), tmp_path / "out", "--to", "apple")
-    assert one(refused(*command)) == "--to names the domain to go to, one of: orange; got 'apple'"
+    assert one(refused(*command)) == "--to apple: none of the energies goes there, they go: apple to orange"
 
 
 @pytest.mark.parametrize(

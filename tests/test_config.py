@@ -34,7 +34,8 @@ def test_shipped_pretraining_configs_load(path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("energy/*.yaml")), ids=str)
 def test_shipped_energy_configs_load(path):
-    given = ["autoencoder=a", "data.source=s", "data.target=t"]
+    between = path.name == "domains.yaml"
+    given = ["autoencoder=a", *(["data.domains=[s, t, u]"] if between else ["data.source=s", "data.target=t"])]
     assert load_config(TrainEnergyConfig, path, given).recipe.kind == "latent_energy"
 
 

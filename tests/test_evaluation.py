@@ -1,6 +1,7 @@
 """Kernel distance, unit, judge, scores and tables against what is known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,7 +230,12 @@ def test_the_judge_reads_images_it_has_not_seen(judge, data, test_images):
         assert max(scores["error_x"], scores["error_y"], scores["error_size"]) < 0.15
         errors = [scores[f"error_{name}"] for name in names]
         assert scores["content_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+        seen = judge.factors(test_images["test" if scores is apples else "pairs"]).T
+        truth = (factors if scores is apples else factors.flip(0)).T
+        pairs = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(seen, truth, strict=True)]
+        assert scores["content_correlation"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-4)
     swapped = judge_images(judge, test_images["pairs"], factors)  # the contents in the wrong order
+    assert swapped["content_correlation"] < 0.5 * oranges["content_correlation"]
     assert swapped["content_error"] > 2 * oranges["content_error"]
 
 
@@ -314,7 +320,7 @@ class Perfect(Translator):
         if self.answers is None:
             return result
         found = [self.answers[row.numpy().tobytes()] for row in latents]
-        return type(result)(torch.stack(found), result.shift)
+        return replace(result, latents=torch.stack(found))
 
 
 def by_method(scores):
@@ -334,7 +340,7 @@ def test_a_perfect_translator(judge, examples, data, test_images, tmp_path):
     assert rows["translation"]["target_accuracy"] > 0.9 and rows["translation"]["content_error"] < 0.16
     assert rows["translation"]["pair_error"] == 0
     assert rows["real"]["target_accuracy"] < 0.2
-    shared_keys = ("target_accuracy", "content_error", "pair_error")
+    shared_keys = ("target_accuracy", "content_error", "content_correlation", "pair_error")
     assert [rows["real"][key] for key in shared_keys] == [rows["reconstruction"][key] for key in shared_keys]
     expected = (test_images["test"] - to_images(read_pixels(paired))).square().mean().sqrt()
     assert rows["real"]["pair_error"] == pytest.approx(expected.item(), rel=1e-5)
@@ -345,7 +351,15 @@ def test_a_perfect_translator(judge, examples, data, test_images, tmp_path):
     assert all(len(images) == 10 for images in scores.images.values())
     assert all(row["samples"] == 40 for row in scores.rows)
     columns = [cell.strip() for cell in scores.table().splitlines()[0].split("|")[1:-1]]
-    assert columns == ["method", "target_accuracy", "content_error", "pair_error", "seconds", "samples"]
+    assert columns == [
+        "method",
+        "target_accuracy",
+        "content_error",
+        "content_correlation",
+        "pair_error",
+        "seconds",
+        "samples",
+    ]
     write_report(scores, tmp_path / "out")
     write_report(scores, tmp_path / "out")
     lines = (tmp_path / "out/translation.jsonl").read_text().splitlines()

@@ -129,7 +129,7 @@ def test_misuse_is_caught(tmp_path):
 
 
 def test_pairs_have_an_order_a_side():
-    pairs = LatentPairs(7, 5, seed=2, batch=4)
+    pairs = LatentPairs((7, 5), seed=2, batch=4)
     stream = pairs.stream(0)
     drawn = [next(stream) for _ in range(9)]
     assert torch.cat([batch.positions for batch in drawn]).tolist() == list(range(36))
@@ -138,17 +138,18 @@ def test_pairs_have_an_order_a_side():
     assert source[7:14] == permutation(2, 1, 7, "source").tolist()
     assert target[5:10] == permutation(2, 1, 5, "target").tolist()
     # The same length must not mean the same partners.
-    same = LatentPairs(100, 100, seed=2, batch=100).at(0)
+    same = LatentPairs((100, 100), seed=2, batch=100).at(0)
     assert (same.source == same.target).sum() < 10
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_pairs_do_not_know_ranks(tmp_path, world):
     source, target = (LatentSet.open(write_latents(tmp_path / name, count)) for name, count in (("s", 5), ("t", 3)))
-    one = LatentPairs(source, target, seed=2, batch=8).at(24)
-    ranks = [LatentPairs(source, target, seed=2, batch=8, rank=rank, world=world).at(24) for rank in range(world)]
+    sizes = (len(source), len(target))
+    one = LatentPairs(sizes, seed=2, batch=8).at(24)
+    ranks = [LatentPairs(sizes, seed=2, batch=8, rank=rank, world=world).at(24) for rank in range(world)]
     for name in ("positions", "source", "target"):
         assert torch.equal(torch.cat([getattr(part, name) for part in ranks]), getattr(one, name))
     assert one.source.max() < 10 and one.target.max() < 6
     with pytest.raises(UserError, match="cannot be dealt"):
-        LatentPairs(5, 5, seed=0, batch=9, world=world)
+        LatentPairs((5, 5), seed=0, batch=9, world=world)

@@ -172,7 +172,7 @@ def test_an_energy_a_direction(chain, direction):
     assert energy.latent_shape == autoencoder.latent_shape
     assert energy.unit == measure_unit(autoencoder, *(LatentSet.open(chain.latents(style)) for style in direction))
     out = chain.done[f"energy {source} {target}"].out
-    assert f"{source} (72 latents) to {target} (72); batch: 16 = " in out
+    assert f"{source} (72 latents) to {target} (72 latents); batch: 16 = " in out
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     assert table[0] == ["method", "energy", "kernel_distance", "samples"]
     assert [row[0] for row in table[2:]] == ["source", "mean shift", "translation", "target itself"]
@@ -324,7 +324,7 @@ def test_scores(chain, tmp_path):
         assert {f"error_{name}" for name in ("x", "y", "size")} <= set(row)
     first = done.out.splitlines()[0]
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
-        *("method", "target_accuracy", "content_error", "seconds", "samples")
+        *("method", "target_accuracy", "content_error", "content_correlation", "seconds", "samples")
     ]
     judge = files(tmp_path / "out/judge")
     assert run(*command).code == 0 and files(tmp_path / "out/judge") == judge

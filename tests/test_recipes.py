@@ -143,7 +143,7 @@ def latent_energy(autoencoder=None, **changes):
     energy = build_energy(MLPEnergyConfig(hidden=8), autoencoder.latent_shape)
     config = LatentEnergyConfig(**{"optimizer": RATE, "langevin": langevin, **changes})
     shift = MeanShift(torch.full((8, 8, 8), 0.25))
-    return LatentEnergyRecipe(config, energy, autoencoder, shift, seed=9, precision="fp32")
+    return LatentEnergyRecipe(config, energy, autoencoder, {("a", "b"): shift}, seed=9, precision="fp32")
 
 
 def code_batch(count=4, start=40):
@@ -203,7 +203,9 @@ def test_pictures_show_both_sides_and_both_ways_between():
 
 def test_methods_are_compared_without_noise():
     recipe = latent_energy()
-    methods, latents = recipe.methods(), torch.randn(2, 8, 8, 8)
+    (direction,), latents = recipe.directions(), torch.randn(2, 8, 8, 8)
+    methods = direction.methods
+    assert direction.pair == ("a", "b") and direction.energy is recipe.energy
     assert torch.equal(methods["source"](latents), latents)
     assert torch.equal(methods["mean shift"](latents), latents + 0.25)
     plain = LangevinSampler(LangevinConfig(steps=3, step_size=0.5))

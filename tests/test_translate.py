@@ -6,7 +6,7 @@ import torch
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
 from letit_dist.energy.models import MLPEnergyConfig, build_energy
-from letit_dist.energy.translate import Translator, load_translator
+from letit_dist.energy.translate import Translator, load_translators
 from letit_dist.errors import UserError
 from letit_dist.registry import AUTOENCODERS
 
@@ -222,7 +222,7 @@ def test_load_translator(tmp_path, translator, images):
         autoencoder_fingerprint=translator.autoencoder.fingerprint(),
         langevin={"steps": STEPS, "step_size": 2.0},
     )
-    loaded = load_translator(*folders)
+    (loaded,) = load_translators(*folders)
     assert loaded.sampler.config == translator.sampler.config
     assert torch.equal(loaded.translate(images).images, translator.translate(images).images)
 
@@ -230,12 +230,12 @@ def test_load_translator(tmp_path, translator, images):
 def test_energy_of_another_autoencoder_is_refused(tmp_path, autoencoder, energy):
     folders = save(tmp_path, autoencoder, energy, autoencoder_fingerprint="0123456789abcdef", langevin={})
     with pytest.raises(UserError, match=f"0123456789abcdef.*{autoencoder.fingerprint()}"):
-        load_translator(*folders)
+        load_translators(*folders)
 
 
 def test_incomplete_energy_folder_is_refused(tmp_path, autoencoder, energy):
     with pytest.raises(UserError, match=r"autoencoder_fingerprint\n.*extra\.langevin"):
-        load_translator(*save(tmp_path, autoencoder, energy))
+        load_translators(*save(tmp_path, autoencoder, energy))
     extra = {"autoencoder_fingerprint": autoencoder.fingerprint(), "langevin": {"steps": 2, "step": 1.0}}
     with pytest.raises(UserError, match=r"extra\.langevin: step_size: required"):
-        load_translator(*save(tmp_path, autoencoder, energy, **extra))
+        load_translators(*save(tmp_path, autoencoder, energy, **extra))

@@ -287,11 +287,10 @@ def test_choosing_by_the_domain(runs):
     assert choose_translator(both[:1], None, None).energy.extra["target"] == "orange"
     assert choose_translator(both[:1], None, "orange").energy.extra["target"] == "orange"
     for energies, to, message in (
-        (both, None, "one of: orange, apple$"),
-        (both, "pear", "one of: orange, apple; got 'pear'$"),
-        (both[:1], "apple", "one of: orange; got 'apple'$"),
-        ([both[0], both[0]], "orange", "2 of the energies go there"),
-        ([both[0], both[0]], None, "one of: orange, orange$"),
+        (both, None, "several energies fit, they go: apple to orange, orange to apple; give --to$"),
+        (both, "pear", "--to pear: none of the energies goes there, they go: apple to orange, orange to apple$"),
+        (both[:1], "apple", "--to apple: none of the energies goes there, they go: apple to orange$"),
+        ([both[0], both[0]], "orange", "--to orange: several .* apple to orange, apple to orange; give --from$"),
     ):
         with pytest.raises(UserError, match=message):
             choose_translator(energies, None, to)

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -175,34 +176,59 @@ class PairBatch:
     positions: Tensor  # int64 (B,): global stream positions, the index of all randomness
     source: Tensor  # int64 (B,): rows of the source set
     target: Tensor  # int64 (B,): rows of the target set
+    pair: Tensor  # int64 (B,): which (source, target) of `LatentPairs.pairs`
 
 
 class LatentPairs:
-    """The unpaired stream: each side has its own order and its own length, each sample once in its own epoch."""
+    """The unpaired stream: each side has its own order and its own length, each sample once in its own epoch.
+
+    Of two domains, or of several: then every (source, target) of different domains has its turn, one after the other.
+    """
 
     def __init__(
         self,
-        source: LatentSet | int,
-        target: LatentSet | int,
+        sizes: Sequence[int],
         *,
         seed: int,
         batch: int,
         rank: int = 0,
         world: int = 1,
+        every_way: bool = False,
     ):
-        self.sizes = tuple(side if isinstance(side, int) else len(side) for side in (source, target))
+        self.sizes = tuple(sizes)
+        self.pairs = pairs_of(len(self.sizes)) if every_way else [(0, 1)]
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         rank_positions(0, batch, rank, world)
+        # Position p is turn p // n of pair p % n. How many samples of its domain a pair's turn has before it, by side:
+        # those of earlier turns, and of earlier pairs in its own.
+        sides = list(zip(*self.pairs, strict=True))
+        self._uses = [[side.count(domain) for domain in side] for side in sides]
+        self._before = [[side[:i].count(domain) for i, domain in enumerate(side)] for side in sides]
 
     def at(self, images_seen: int) -> PairBatch:
         """The batch that a run which has seen `images_seen` takes next: a pure function."""
         positions = rank_positions(images_seen, self.batch, self.rank, self.world)
-        source = sample_at(positions, self.seed, self.sizes[0], "source")
-        target = sample_at(positions, self.seed, self.sizes[1], "target")
-        return PairBatch(*map(torch.from_numpy, (positions, source, target)))
+        turns, pair = np.divmod(positions, len(self.pairs))
+        source, target = (self._rows(side, turns, pair) for side in (0, 1))
+        return PairBatch(*map(torch.from_numpy, (positions, source, target, pair)))
+
+    def _rows(self, side: int, turns: np.ndarray, pair: np.ndarray) -> np.ndarray:
+        rows = np.empty_like(pair)
+        for number in np.unique(pair).tolist():
+            here = pair == number
+            domain = self.pairs[number][side]
+            places = turns[here] * self._uses[side][number] + self._before[side][number]
+            purpose = ("source", "target")[side] + (f" {domain}" if len(self.pairs) > 1 else "")
+            rows[here] = sample_at(places, self.seed, self.sizes[domain], purpose)
+        return rows
 
     def stream(self, start: int) -> Iterator[PairBatch]:
         """Endless batches from images_seen = `start` on."""
         while True:
             yield self.at(start)
             start += self.batch
+
+
+def pairs_of(domains: int) -> list[tuple[int, int]]:
+    """Every (source, target) of different domains."""
+    return list(permutations(range(domains), 2))

@@ -8,7 +8,8 @@ Where a run is, is one integer: images_seen, the position of its next image.
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -26,10 +27,18 @@ def _splitmix64(counter: np.ndarray) -> np.ndarray:
     return x
 
 
-# Two sides, each with the two epochs that one batch can touch.
-@lru_cache(maxsize=4)
+@cache
+def _orders(seed: int, count: int, purpose: str) -> Callable[[int], np.ndarray]:
+    # The two epochs that one batch can touch.
+    return lru_cache(maxsize=2)(lambda epoch: _permutation(seed, epoch, count, purpose))
+
+
 def permutation(seed: int, epoch: int, count: int, purpose: str = "order") -> np.ndarray:
     """The order of one epoch: read-only int64 (count,), the same on every platform and NumPy version."""
+    return _orders(seed, count, purpose)(epoch)
+
+
+def _permutation(seed: int, epoch: int, count: int, purpose: str) -> np.ndarray:
     # NumPy promises no stable stream for its Generator, and a resumed run may have another NumPy.
     digest = hashlib.blake2b(f"{seed}/{purpose}/{epoch}".encode(), digest_size=8).digest()
     start = np.uint64(int.from_bytes(digest, "little"))

@@ -34,6 +34,7 @@ class LangevinResult:
 
     latents: Tensor  # (B, *L), z(T)
     shift: Tensor  # (B, *L), sum over t of |dE/du|, u = z / unit: the code shift of section 4.2
+    steps: Tensor  # (B,), how many steps each chain took
     path: Tensor | None = None  # (T+1, B, *L), from the start to z(T)
     energies: Tensor | None = None  # (T+1, B), E along the path
 
@@ -66,6 +67,8 @@ class LangevinSampler:
         noise: Noise | None = None,
         keep_path: bool = False,
         watch: Callable[[Tensor], object] | None = None,
+        condition: Tensor | None = None,
+        until: Callable[[Tensor], Tensor] | None = None,
     ) -> LangevinResult:
         """Run `config.steps` steps of eq. (6) from `start` (B, *L).
 
@@ -74,49 +77,59 @@ class LangevinSampler:
         With noise_scale > 0 give either a `generator` or `noise(step)`, which returns N(0, 1) draws (B, *L)
         (of each sample's own index, say, so that the result does not depend on the batch); ValueError
         otherwise. With noise_scale 0 neither is touched. `watch` is called with every point of the path (B, *L),
-        the start included, as the chain reaches it; it must not change it.
+        the start included, as the chain reaches it; it must not change it. `condition` (B,) goes to energies that
+        have conditions. `until` (B, *L) -> (B,) bool is asked at every point, the start included: a chain for which
+        it is true stays there.
         """
         config = self.config
         if config.noise_scale > 0 and (generator is None) == (noise is None):
             raise ValueError("noise_scale > 0 needs exactly one of `generator` and `noise`")
         # The path stays in the latents' own precision under autocast: only the energy's layers are lowered.
         with torch.inference_mode(False), torch.enable_grad(), frozen(energy):
-            slope = _slope(energy)
+            given = () if condition is None else (condition,)
+            slope = _slope(energy, *given)
             # Eq. (6) in units of the energy: for u = z / unit, du = -eta/2 dE/du is dz = -eta/2 unit^2 dE/dz.
             unit = getattr(energy, "unit", 1.0)
             z = start.detach().clone()
             shift = torch.zeros_like(z)
+            steps = torch.full((len(z),), config.steps, device=z.device)
             path = [z]
             if watch is not None:
                 watch(z)
             for step in range(config.steps):
-                gradient = slope(z)
+                gradient, before = slope(z), z
                 z = torch.sub(z, gradient, alpha=config.step_size / 2 * unit**2)  # eq. (6)
                 if config.noise_scale > 0:
                     eps = noise(step) if noise is not None else _normal(z, generator)
                     assert eps.shape == z.shape, f"noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}"
                     z = z + config.noise_scale * config.step_size**0.5 * unit * eps.to(z)  # eq. (6)
-                shift.add_(gradient.abs(), alpha=unit)  # section 4.2
+                moved = gradient.abs()
+                if until is not None:
+                    steps = torch.where(until(before), steps.clamp_max(step), steps)
+                    stays = (steps <= step).view(-1, *[1] * (z.ndim - 1))
+                    z, moved = torch.where(stays, before, z), moved.masked_fill(stays, 0)
+                shift.add_(moved, alpha=unit)  # section 4.2
                 if watch is not None:
                     watch(z)
                 if keep_path:
                     path.append(z)
             if not keep_path:
-                return LangevinResult(z, shift)
+                return LangevinResult(z, shift, steps)
             with torch.no_grad():
                 energy_of = getattr(energy, "folded", lambda: energy)()
-                return LangevinResult(z, shift, torch.stack(path), torch.stack([energy_of(point) for point in path]))
+                energies = torch.stack([energy_of(point, *given) for point in path])
+            return LangevinResult(z, shift, steps, torch.stack(path), energies)
 
 
-def _slope(energy: nn.Module) -> Callable[[Tensor], Tensor]:
+def _slope(energy: nn.Module, *condition: Tensor) -> Callable[[Tensor], Tensor]:
     """Latents (B, *L) to dE/dz (B, *L), without a graph: in closed form where the energy has one."""
     if hasattr(energy, "slope"):
-        return energy.slope()
+        return energy.slope(*condition)
     energy_of = getattr(energy, "folded", lambda: energy)()
 
     def by_autograd(z: Tensor) -> Tensor:
         z = z.detach().requires_grad_()
-        value = energy_of(z)  # (B,)
+        value = energy_of(z, *condition)  # (B,)
         assert value.shape == z.shape[:1], f"energies of shape {tuple(value.shape)} for {len(z)} samples"
         return torch.autograd.grad(value.sum(), z)[0]
 

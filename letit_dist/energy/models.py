@@ -7,9 +7,9 @@ published code trains f = -E; `interchange.energy` flips the last layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -28,6 +28,25 @@ Weights = tuple[Tensor, Tensor]  # of one layer: weight, bias
 M = TypeVar("M", bound="EnergyModel")
 
 
+_TO = " to "
+
+
+def condition_of(on: Literal["target", "pair"], source: str, target: str) -> str:
+    """Name of the condition under which `source` is translated to `target`, for a `condition_on`."""
+    return target if on == "target" else f"{source}{_TO}{target}"
+
+
+def conditions_of(on: Literal["target", "pair"], domains: Sequence[str]) -> list[str]:
+    """All conditions between these domains."""
+    return list(domains) if on == "target" else [condition_of(on, *pair) for pair in permutations(domains, 2)]
+
+
+def split_condition(name: str) -> tuple[str, str]:
+    """(source, target) of a condition of `condition_on: pair`."""
+    source, _, target = name.partition(_TO)
+    return source, target
+
+
 class EnergyConfig(StrictConfig):
     """Base of every energy's schema."""
 
@@ -41,12 +60,23 @@ class EnergyConfig(StrictConfig):
         "auto = the latents' standard deviation, measured by the program, so that one setting of the chain suits "
         "autoencoders whose latents differ in scale",
     )
+    condition_on: Literal["target", "pair"] | None = Field(
+        None,
+        description="one energy between several domains (data.domains), with a last layer for each target or for each "
+        "pair of source and target; null = one source, one target",
+    )
+    conditions: tuple[str, ...] = Field((), description="their names; filled in by the program")
 
 
 class EnergyModel(nn.Module):
-    """Base of every energy: latents (B, *L) -> energies (B,), low on the target domain."""
+    """Base of every energy: latents (B, *L) -> energies (B,), low on the target domain.
+
+    With conditions, the last layer has a row for each of them, and `condition` (B,), int64, says which of the
+    energies each sample is for; all share what lies below.
+    """
 
     config_class: ClassVar[type[EnergyConfig]]
+    last: str  # name of the last layer: the rows of its weight and bias belong to the conditions
     tiny: ClassVar[EnergyConfig]  # the smallest useful config: parametrised tests pick it up
 
     def __init__(self, config: EnergyConfig):
@@ -55,6 +85,8 @@ class EnergyModel(nn.Module):
             raise UserError(f"energy of kind {config.kind!r}: latent_shape is not known yet, use build_energy")
         if config.latent_unit == "auto":
             raise UserError(f"energy of kind {config.kind!r}: latent_unit is not measured yet, use build_energy")
+        if config.condition_on is not None and not config.conditions:
+            raise UserError(f"energy of kind {config.kind!r}: the conditions are not known yet, use build_energy")
         self.config = config
         self.extra: dict[str, Any] = {}  # what the folder that this was read from holds beside the weights
 
@@ -67,17 +99,38 @@ class EnergyModel(nn.Module):
         """What latents are divided by before the energy sees them; samplers step in this unit."""
         return self.config.latent_unit
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
         """(B, *L) -> (B,)"""
         raise NotImplementedError
 
-    def folded(self) -> Callable[[Tensor], Tensor]:
+    def folded(self) -> Callable[..., Tensor]:
         """The same function with all that depends on the weights alone computed once.
 
         For loops in which the weights do not change, such as a Langevin chain: a later change of the weights
         does not reach the returned function.
         """
         return self
+
+    def at(self, condition: str) -> EnergyModel:
+        """The energy of one condition, as one that knows of no conditions; its tensors are copies."""
+        names = self.config.conditions
+        if condition not in names:
+            raise UserError(f"no such condition: {condition!r} (this energy has {', '.join(names) or 'none'})")
+        alone = type(self)(self.config.model_copy(update={"condition_on": None, "conditions": ()}))
+        row = names.index(condition)
+        tensors = {
+            name: tensor[row : row + 1] if name.rpartition(".")[0] == self.last else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        alone.load_state_dict(tensors)
+        alone.extra = self.extra
+        return alone.to(next(self.parameters()).device).train(self.training).requires_grad_(False)
+
+    def _chosen(self, energies: Tensor, condition: Tensor | None) -> Tensor:
+        """(B, conditions) -> (B,)"""
+        if (condition is None) != (self.config.condition_on is None):
+            raise ValueError("an energy with conditions needs one for every sample, one without takes none")
+        return energies.squeeze(1) if condition is None else energies.gather(1, condition[:, None]).squeeze(1)
 
     def fingerprint(self) -> str:
         """16 hex digits that identify config and weights."""
@@ -105,12 +158,16 @@ class EnergyModel(nn.Module):
 
 
 def build_energy(
-    config: EnergyConfig, latent_shape: tuple[int, ...], *, measured_unit: float | None = None
+    config: EnergyConfig,
+    latent_shape: tuple[int, ...],
+    *,
+    measured_unit: float | None = None,
+    conditions: Sequence[str] = (),
 ) -> EnergyModel:
     """A new energy for latents (B, *latent_shape), initialised from torch's default generator.
 
-    `measured_unit` fills in `latent_unit: auto`. Raises UserError if the config names another latent shape, or
-    if its kind cannot see this one.
+    `measured_unit` fills in `latent_unit: auto`, `conditions` those of `condition_on`. Raises UserError if the config
+    names another latent shape, or if its kind cannot see this one.
     """
     latent_shape = tuple(latent_shape)
     if config.latent_shape not in (None, latent_shape):
@@ -120,6 +177,8 @@ def build_energy(
     known: dict[str, Any] = {"latent_shape": latent_shape}
     if config.latent_unit == "auto" and measured_unit is not None:
         known["latent_unit"] = measured_unit
+    if conditions:
+        known["conditions"] = tuple(conditions)
     return ENERGIES.get(config.kind)(config.model_copy(update=known))
 
 
@@ -148,17 +207,18 @@ class MLPEnergy(EnergyModel):
 
     def __init__(self, config: MLPEnergyConfig):
         super().__init__(config)
-        widths = [math.prod(self.latent_shape), *[config.hidden] * config.layers, 1]
+        widths = [math.prod(self.latent_shape), *[config.hidden] * config.layers, max(1, len(config.conditions))]
+        self.last = f"layers.{2 * config.layers}"
         self.layers = nn.Sequential()
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
             if i > 0:
                 self.layers.append(nn.GELU() if config.activation == "gelu" else nn.LeakyReLU(_SLOPE))
             self.layers.append(nn.Linear(inputs, outputs))
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents.flatten(1) / self.unit).squeeze(1)  # (B, 1) -> (B,)
+    def forward(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self._chosen(self.layers(latents.flatten(1) / self.unit), condition)
 
-    def slope(self) -> Callable[[Tensor], Tensor]:
+    def slope(self, condition: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Latents (B, *L) to dE/dlatents (B, *L), without a graph, for weights that do not change meanwhile.
 
         In closed form: a chain through narrow layers would spend its time in autograd's bookkeeping.
@@ -178,7 +238,8 @@ class MLPEnergy(EnergyModel):
                 inputs.append(F.linear(x, weight, bias))
                 if layer < len(hidden):
                     x = self.layers[1](inputs[-1])
-            gradient = last  # (1, h): the same for every row until a slope is multiplied in
+            # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
+            gradient = last if condition is None else last[condition]
             for (weight, _), before in zip(reversed(hidden), reversed(inputs), strict=True):
                 gradient = bend(gradient.expand_as(before), before) @ weight
             if self.unit != 1:
@@ -277,6 +338,7 @@ class ConvEnergy(EnergyModel):
 
     config_class = ConvEnergyConfig
     tiny = ConvEnergyConfig(latent_shape=(4, 8, 8))
+    last = "linear"
 
     def __init__(self, config: ConvEnergyConfig):
         super().__init__(config)
@@ -296,7 +358,7 @@ class ConvEnergy(EnergyModel):
         self.attention = SelfAttention(widths[-2]) if config.attention else None
         self.conv1 = EqualConv2d(widths[-1], widths[-1], 3)
         self.conv2 = EqualConv2d(widths[-1], widths[-1], 4)
-        self.linear = EqualConv2d(widths[-1], 1, 1)
+        self.linear = EqualConv2d(widths[-1], max(1, len(config.conditions)), 1)
 
     def _channels(self, size: int) -> int:
         channels = self.config.multiplier * (32 if size >= 16 else 64)
@@ -306,7 +368,7 @@ class ConvEnergy(EnergyModel):
         head = (self.conv1.effective(), self.conv2.effective(), self.linear.effective())
         return self.stem.effective(), [block.effective() for block in self.blocks], head
 
-    def _run(self, latents: Tensor, effective: tuple) -> Tensor:
+    def _run(self, latents: Tensor, effective: tuple, condition: Tensor | None) -> Tensor:
         stem, blocks, (conv1, conv2, linear) = effective
         x = F.conv2d((latents / self.unit).contiguous(memory_format=torch.channels_last), *stem)
         for i, block in enumerate(blocks):
@@ -315,11 +377,11 @@ class ConvEnergy(EnergyModel):
                 x = self.attention(x)  # at 8 pixels
         x = swish(F.conv2d(x, *conv1, padding=1))
         x = swish(F.conv2d(x, *conv2))  # (B, C, 4, 4) -> (B, C, 1, 1)
-        return F.conv2d(x, *linear).flatten()  # (B, 1, 1, 1) -> (B,)
+        return self._chosen(F.conv2d(x, *linear).flatten(1), condition)  # (B, conditions, 1, 1) -> (B,)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self._run(latents, self._effective())
+    def forward(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self._run(latents, self._effective(), condition)
 
-    def folded(self) -> Callable[[Tensor], Tensor]:
+    def folded(self) -> Callable[..., Tensor]:
         effective = self._effective()
-        return lambda latents: self._run(latents, effective)
+        return lambda latents, condition=None: self._run(latents, effective, condition)

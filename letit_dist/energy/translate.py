@@ -14,7 +14,7 @@ from letit_dist import pretrained, rng
 from letit_dist.autoencoders.base import Autoencoder, load_autoencoder
 from letit_dist.config import as_tree, parse_config, read_tree
 from letit_dist.energy.langevin import LangevinConfig, LangevinResult, LangevinSampler, Noise
-from letit_dist.energy.models import EnergyModel, load_energy
+from letit_dist.energy.models import EnergyModel, load_energy, split_condition
 from letit_dist.errors import UserError
 from letit_dist.memory import Precision, lowered
 
@@ -27,6 +27,7 @@ class Translation:
     latents: Tensor  # (B, *L), what was decoded
     source_latents: Tensor  # (B, *L), where the chains began
     shift: Tensor  # (B, *L), sum of |dE/dz| over the steps (section 4.2)
+    steps: Tensor  # (B,), how many steps each chain took
     path: Tensor | None = None  # (T'+1, B, *L) if kept
     path_images: Tensor | None = None  # (T'+1, B, 3, H, W) if kept; the first are the reconstructions
 
@@ -38,6 +39,7 @@ class Translator:
     """
 
     precision: Precision = "fp32"
+    origin: Path | None = None  # the run folder, or folder of weights, that its energy was read from
 
     def __init__(self, autoencoder: Autoencoder, energy: EnergyModel, sampler: LangevinSampler):
         if energy.latent_shape != tuple(autoencoder.latent_shape):
@@ -124,12 +126,13 @@ class Translator:
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
         watch: Callable[[Tensor], object] | None = None,
+        until: Callable[[Tensor], Tensor] | None = None,
     ) -> LangevinResult:
         """Latents (B, *L) of the source, moved along their chains.
 
         `steps` and `step_size` override the sampler's. `strength` in [0, 1] is the fraction of the chain to
-        walk; between two steps the result lies on the straight line from one to the next. `noise`,
-        `generator` and `watch` are those of `LangevinSampler.sample`. Raises UserError for settings out of range.
+        walk; between two steps the result lies on the straight line from one to the next. `noise`, `generator`,
+        `watch` and `until` are those of `LangevinSampler.sample`. Raises UserError for settings out of range.
         """
         config, whole, fraction = self.chain(steps=steps, step_size=step_size, strength=strength)
 
@@ -138,7 +141,13 @@ class Translator:
             later = None if noise is None else lambda step: noise(first + step)
             with lowered(self.precision, self.device):
                 return part.sample(
-                    self.energy, start, noise=later, generator=generator, keep_path=keep_path, watch=watch
+                    self.energy,
+                    start,
+                    noise=later,
+                    generator=generator,
+                    keep_path=keep_path,
+                    watch=watch,
+                    until=until,
                 )
 
         result = walk(latents, 0, whole, watch)
@@ -146,16 +155,15 @@ class Translator:
             return result
         last = walk(result.latents, whole, 1, None)
         end = result.latents.lerp(last.latents, fraction)
-        shift = result.shift + fraction * last.shift
+        shift, steps = result.shift + fraction * last.shift, result.steps + last.steps
         if watch is not None:
             watch(end)
         if not keep_path:
-            return LangevinResult(end, shift)
+            return LangevinResult(end, shift, steps)
         with lowered(self.precision, self.device):
             energy_at_end = self.energy(end).detach().unsqueeze(0)
-        return LangevinResult(
-            end, shift, torch.cat([result.path, end.unsqueeze(0)]), torch.cat([result.energies, energy_at_end])
-        )
+        path = torch.cat([result.path, end.unsqueeze(0)])
+        return LangevinResult(end, shift, steps, path, torch.cat([result.energies, energy_at_end]))
 
     @torch.no_grad()
     def translate(
@@ -171,6 +179,7 @@ class Translator:
         decoder_noise: Sequence[Tensor] | None = None,
         decoder_generator: torch.Generator | None = None,
         on_frame: Callable[[Tensor], object] | None = None,
+        until: Callable[[Tensor], Tensor] | None = None,
     ) -> Translation:
         """Images (B, 3, H, W) in [-1, 1] of the source domain, translated to the target's.
 
@@ -209,18 +218,20 @@ class Translator:
             noise=noise,
             generator=generator,
             watch=None if on_frame is None else watch,
+            until=until,
         )
         if not keep_path:
             images = decode(result.latents) if frame is None else frame
-            return Translation(images, result.latents, source, result.shift)
+            return Translation(images, result.latents, source, result.shift, result.steps)
         frames = torch.stack([decode(latents) for latents in result.path])
-        return Translation(frames[-1], result.latents, source, result.shift, result.path, frames)
+        return Translation(frames[-1], result.latents, source, result.shift, result.steps, result.path, frames)
 
 
-def load_translator(autoencoder_folder: str | Path, energy_folder: str | Path) -> Translator:
-    """The two folders as one translator, on the CPU.
+def load_translators(autoencoder_folder: str | Path, energy_folder: str | Path) -> list[Translator]:
+    """The two folders as translators, on the CPU: one, or one for each condition of the energy.
 
-    The chain's settings come from the energy's config.json (extra.langevin). Raises UserError for an energy
+    The chain's settings come from the energy's config.json (extra.langevin), and so does where a translator goes:
+    its energy's `extra` has "source" (None = any of the domains) and "target". Raises UserError for an energy
     that was trained on another autoencoder (extra.autoencoder_fingerprint) or does not say on which.
     """
     autoencoder = load_autoencoder(autoencoder_folder)
@@ -239,12 +250,25 @@ def load_translator(autoencoder_folder: str | Path, energy_folder: str | Path) -
         config = parse_config(LangevinConfig, energy.extra["langevin"])
     except UserError as error:
         raise UserError("\n".join(f"{where}: extra.langevin: {line}" for line in str(error).splitlines())) from None
-    return Translator(autoencoder, energy, LangevinSampler(config))
+    return [Translator(autoencoder, part, LangevinSampler(config)) for part in _alone(energy)]
 
 
-def open_translator(energy: str | Path, autoencoder: str | Path | None = None) -> Translator:
-    """A translator from a run folder of launch/train_energy.py, whose configuration names its autoencoder, or
-    from a folder of weights together with `autoencoder` (a folder of weights or a pretraining run)."""
+def _alone(energy: EnergyModel) -> list[EnergyModel]:
+    """The energies of all conditions, each with its source and target in `extra`."""
+    if not energy.config.conditions:
+        return [energy]
+    parts = []
+    for name in energy.config.conditions:
+        part = energy.at(name)
+        source, target = split_condition(name) if energy.config.condition_on == "pair" else (None, name)
+        part.extra = {**energy.extra, "source": source, "target": target}
+        parts.append(part)
+    return parts
+
+
+def open_translators(energy: str | Path, autoencoder: str | Path | None = None) -> list[Translator]:
+    """The translators of a run folder of launch/train_energy.py, whose configuration names its autoencoder, or
+    of a folder of weights together with `autoencoder` (a folder of weights or a pretraining run)."""
     folder = pretrained.find_folder(energy)
     if not folder.is_dir():
         raise UserError(f"no such energy: {energy} (a run folder of launch/train_energy.py, or its export)")
@@ -257,19 +281,36 @@ def open_translator(energy: str | Path, autoencoder: str | Path | None = None) -
             raise UserError(f"{energy} is no run of launch/train_energy.py: its config.yaml names no autoencoder")
         if not Path(autoencoder).exists():
             raise UserError(f"{path}: its autoencoder {autoencoder} is not there: name it with --autoencoder")
-    return load_translator(pretrained.find_folder(autoencoder), folder)
+    translators = load_translators(pretrained.find_folder(autoencoder), folder)
+    for translator in translators:
+        translator.origin = Path(energy)
+    return translators
 
 
-def choose_translator(energies: Sequence[str], autoencoder: str | None, to: str | None) -> Translator:
-    """The translator among `energies` (see `open_translator`) whose target is `to`; `to` may be None for one."""
-    translators = [open_translator(energy, autoencoder) for energy in energies]
-    targets = [translator.energy.extra.get("target", "?") for translator in translators]
-    if to is None and len(translators) == 1:
-        return translators[0]
-    if to is not None and targets.count(to) > 1:
-        raise UserError(f"--to {to}: {targets.count(to)} of the energies go there: give only one of them")
-    if to not in targets:
-        raise UserError(
-            f"--to names the domain to go to, one of: {', '.join(targets)}" + (f"; got {to!r}" if to else "")
-        )
-    return translators[targets.index(to)]
+def open_translator(
+    energy: str | Path, autoencoder: str | Path | None = None, *, to: str | None = None, source: str | None = None
+) -> Translator:
+    """The only translator of an energy (see `open_translators`), or the one from `source` `to` a domain."""
+    return choose_translator([energy], autoencoder, to, source)
+
+
+def choose_translator(
+    energies: Sequence[str | Path], autoencoder: str | Path | None, to: str | None, source: str | None = None
+) -> Translator:
+    """The translator among those of `energies` that goes `to` a domain, from `source` where several go there; both
+    may be None where there is only one."""
+    found = [translator for energy in energies for translator in open_translators(energy, autoencoder)]
+    ways = [(t.energy.extra.get("source"), t.energy.extra.get("target")) for t in found]
+    fitting = [
+        translator
+        for translator, (begin, end) in zip(found, ways, strict=True)
+        if to in (None, end) and (source is None or begin in (None, source))
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = ", ".join(f"{begin or 'any'} to {end or '?'}" for begin, end in ways)
+    asked = " ".join(f"{option} {name}" for option, name in (("--from", source), ("--to", to)) if name is not None)
+    if not fitting:
+        raise UserError(f"{asked}: none of the energies goes there, they go: {listed}")
+    needed = "--to" if to is None else "--from" if source is None else "only one of the energies"
+    raise UserError(f"{asked + ': ' if asked else ''}several energies fit, they go: {listed}; give {needed}")

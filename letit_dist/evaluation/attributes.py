@@ -159,12 +159,21 @@ def load_or_train_judge(examples: Examples, folder: Path, *, steps: int = 300, s
 
 @torch.no_grad()
 def judge_images(judge: Judge, images: Tensor, factors: Tensor | None, *, chunk: int = 256) -> dict[str, float]:
-    """Scores of images (N, 3, H, W) in [-1, 1]: `target_accuracy`, the share taken for the target domain, and
-    `content_error`, the mean absolute error of the factors (N, F) that should have been kept."""
+    """Scores of images (N, 3, H, W) in [-1, 1]: `target_accuracy`, the share taken for the target domain, and, of the
+    factors (N, F) that should have been kept, `content_error`, their mean absolute error, and `content_correlation`,
+    the mean over factors of the correlation between what they were and what is seen."""
     parts = images.split(chunk)
     scores = {"target_accuracy": float(torch.cat([judge.domain(p) for p in parts]).gt(0.5).float().mean())}
     if factors is not None and judge.regressor is not None:
-        error = (torch.cat([judge.factors(p) for p in parts]) - factors).abs().mean(0)
+        seen = torch.cat([judge.factors(p) for p in parts])
+        error = (seen - factors).abs().mean(0)
         scores["content_error"] = float(error.mean())
+        scores["content_correlation"] = float(_correlations(seen, factors).mean())
         scores |= {f"error_{name}": float(value) for name, value in zip(judge.names, error, strict=True)}
     return scores
+
+
+def _correlations(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's, of each column of (N, F) with its own: (F,); 0 where a column does not vary."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)

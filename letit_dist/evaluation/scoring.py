@@ -31,7 +31,15 @@ class Scores:
 
     def table(self) -> str:
         """The rows as Markdown; the error of each single factor stays in the JSON lines."""
-        columns = ("method", "target_accuracy", "content_error", "pair_error", "seconds", "samples")
+        columns = (
+            "method",
+            "target_accuracy",
+            "content_error",
+            "content_correlation",
+            "pair_error",
+            "seconds",
+            "samples",
+        )
         return markdown(self.rows, [c for c in columns if any(c in row for row in self.rows)])
 
 

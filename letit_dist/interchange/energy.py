@@ -53,6 +53,10 @@ def export_energy(energy: EnergyModel) -> dict[str, Tensor]:
         raise UserError(f"published energies have leaky_relu only, this one has {energy.config.activation}")
     if not isinstance(energy, (MLPEnergy, ConvEnergy)):
         raise UserError(f"no published form of energies of kind {energy.config.kind!r}")
+    if energy.config.conditions:
+        raise UserError(
+            "no published form of an energy with conditions: export that of one of them (`energy.at(name)`)"
+        )
     if energy.unit != 1:
         raise UserError(f"published energies see latents as they are, this one in units of {energy.unit:g}")
     own = energy.state_dict()

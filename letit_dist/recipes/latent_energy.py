@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +16,7 @@ from letit_dist.autoencoders.base import Autoencoder
 from letit_dist.config import as_tree
 from letit_dist.energy.baselines import MeanShift
 from letit_dist.energy.langevin import LangevinConfig, LangevinResult, LangevinSampler
-from letit_dist.energy.models import EnergyModel
+from letit_dist.energy.models import EnergyModel, condition_of
 from letit_dist.energy.objective import contrastive_loss
 from letit_dist.recipes.base import Batch, Phase, Recipe, RecipeConfig, StepResult
 from letit_dist.registry import RECIPES
@@ -27,6 +29,19 @@ class LatentEnergyConfig(RecipeConfig):
     langevin: LangevinConfig
     l2: float = Field(0.0, ge=0, description="weight of mean E(target)^2 + mean E(translated)^2; 0 = the paper")
     loss_limit: float = Field(1e4, gt=0, description="a loss beyond this, of either sign, stops the run")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One (source, target) by name, its energy, and ways to go there: functions of source latents (B, *L)."""
+
+    pair: tuple[str, str]
+    energy: EnergyModel
+    methods: dict[str, Callable[[Tensor], Tensor]]
+
+
+def _end(sampler: LangevinSampler, energy: EnergyModel, latents: Tensor) -> Tensor:
+    return sampler.sample(energy, latents).latents
 
 
 @RECIPES.register("latent_energy")
@@ -47,16 +62,22 @@ class LatentEnergyRecipe(Recipe):
         config: LatentEnergyConfig,
         energy: EnergyModel,
         autoencoder: Autoencoder,
-        mean_shift: MeanShift,
+        mean_shifts: Mapping[tuple[str, str], MeanShift],
         *,
         seed: int,
         precision: str,
     ):
+        """`mean_shifts` has every (source, target) by name in the order of the feed's pairs: one, or all between
+        several domains for an energy with conditions."""
         super().__init__(config, seed=seed, precision=precision)
         self.energy = energy
         self.sampler = LangevinSampler(config.langevin)
         self.loss_limit = config.loss_limit
-        self.mean_shift = mean_shift
+        self.mean_shifts = dict(mean_shifts)
+        self._conditions: list[int] = []  # by pair
+        if energy.config.condition_on is not None:
+            names = [condition_of(energy.config.condition_on, *pair) for pair in self.mean_shifts]
+            self._conditions = [energy.config.conditions.index(name) for name in names]
         self._autoencoder = (self.add_companion(autoencoder),)  # a tuple: not a child, so neither saved nor averaged
 
     @property
@@ -71,21 +92,37 @@ class LatentEnergyRecipe(Recipe):
         with torch.no_grad():
             return self.autoencoder.latents_from_codes(fields)
 
-    def transport(self, start: Tensor, batch: Batch, *, keep_path: bool = False) -> LangevinResult:
+    def condition(self, batch: Batch) -> Tensor | None:
+        """(B,) the condition of every sample; None for an energy without."""
+        if not self._conditions:
+            return None
+        pair = batch.data["pair"]
+        return torch.tensor(self._conditions, device=pair.device)[pair]
+
+    def transport(self, start: Tensor, batch: Batch) -> LangevinResult:
         """The chains of a batch; noise, where there is any, belongs to the sample's place in the run."""
 
         def noise(step: int) -> Tensor:
             return rng.normal(start.shape[1:], self.seed, f"langevin {step}", batch.positions, device=start.device)
 
         return self.sampler.sample(
-            self.energy, start, noise=noise if self.config.langevin.noise_scale > 0 else None, keep_path=keep_path
+            self.energy,
+            start,
+            noise=noise if self.config.langevin.noise_scale > 0 else None,
+            condition=self.condition(batch),
         )
 
     def step(self, phase: str, batch: Batch) -> StepResult:
-        """`batch.data` holds source.* and target.* fields, as many rows of each."""
+        """`batch.data` holds source.* and target.* fields, as many rows of each, and "pair" for several domains."""
         source = self.latents(batch, "source")
         result = self.transport(source, batch)
-        loss, metrics = contrastive_loss(self.energy, self.latents(batch, "target"), result.latents, l2=self.config.l2)
+        loss, metrics = contrastive_loss(
+            self.energy,
+            self.latents(batch, "target"),
+            result.latents,
+            l2=self.config.l2,
+            condition=self.condition(batch),
+        )
         # Root mean square of each sample first: a root over the microbatch would depend on its size.
         moved = (result.latents - source).detach().flatten(1).square().mean(1).sqrt().mean()
         return StepResult(loss, {**metrics, "moved": moved})
@@ -95,21 +132,31 @@ class LatentEnergyRecipe(Recipe):
         source = self.latents(batch, "source")
         rows = {
             "source": source,
-            "mean shift": self.mean_shift.translate(source),
+            "mean shift": self._mean_shifted(source, batch.data.get("pair")),
             "translation": self.transport(source, batch).latents,
             "target": self.latents(batch, "target"),
         }
         with torch.no_grad():
             return {name: self.autoencoder.decode(latents) for name, latents in rows.items()}
 
-    def methods(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What a result is compared with, as functions of source latents; chains run without noise."""
+    def _mean_shifted(self, source: Tensor, pair: Tensor | None) -> Tensor:
+        shifts = list(self.mean_shifts.values())
+        if pair is None:
+            return shifts[0].translate(source)
+        return torch.cat([shifts[p].translate(source[i : i + 1]) for i, p in enumerate(pair.tolist())])
+
+    def directions(self) -> Iterator[Direction]:
+        """What a result is compared with; chains run without noise."""
         plain = LangevinSampler(self.config.langevin.model_copy(update={"noise_scale": 0.0}))
-        return {
-            "source": lambda latents: latents,
-            "mean shift": self.mean_shift.translate,
-            "translation": lambda latents: plain.sample(self.energy, latents).latents,
-        }
+        names = self.energy.config.conditions
+        for number, (pair, shift) in enumerate(self.mean_shifts.items()):
+            energy = self.energy.at(names[self._conditions[number]]) if names else self.energy
+            methods = {
+                "source": lambda latents: latents,
+                "mean shift": shift.translate,
+                "translation": partial(_end, plain, energy),
+            }
+            yield Direction(pair, energy, methods)
 
     def save(self, folder, **extra) -> None:
         """The energy, with all that a translator must know: whose latents, and which chain."""

@@ -9,7 +9,7 @@ import torch
 
 from letit_dist.config import ImagesConfig
 from letit_dist.data.foreign import is_foreign
-from letit_dist.data.latents import LatentPairs, LatentSet
+from letit_dist.data.latents import LatentPairs, LatentSet, PairBatch, pairs_of
 from letit_dist.data.reader import ShardDataset, open_stream
 from letit_dist.data.transforms import UnreadableImage, to_images
 from letit_dist.errors import UserError
@@ -89,28 +89,58 @@ class ImageFeed:
 
 
 class LatentFeed:
-    """Two encoded domains, unpaired: data {"source.<field>", "target.<field>"} as they are stored."""
+    """Encoded domains, unpaired: data {"source.<field>", "target.<field>"} as they are stored.
 
-    def __init__(self, source: LatentSet, target: LatentSet, *, seed: int):
-        self.source = source
-        self.target = target
+    Two of them are source and target; `every_way` goes from each to each other, and data has "pair" (B,) too, the
+    number of the (source, target) in `pairs`.
+    """
+
+    def __init__(self, *domains: LatentSet, seed: int, every_way: bool = False):
+        self.domains = domains
         self.seed = seed
+        self.every_way = every_way
+        self.pairs = pairs_of(len(domains)) if every_way else [(0, 1)]
+        self.names = [domain.meta["domain"] for domain in domains]
+        if every_way and len(set(self.names)) < len(domains):
+            raise UserError(
+                f"data.domains: two of one name ({', '.join(self.names)}): name them by encode_latents.py --domain"
+            )
 
-    def _batch(self, source: torch.Tensor, target: torch.Tensor, positions: torch.Tensor, seen: int, batch: int):
-        data = {f"source.{name}": value for name, value in self.source.take(source).items()}
-        data |= {f"target.{name}": value for name, value in self.target.take(target).items()}
-        return Batch(data, positions, seen, batch)
+    def _batch(self, item: PairBatch, seen: int, batch: int) -> Batch:
+        data = {}
+        for side, (name, rows) in enumerate((("source", item.source), ("target", item.target))):
+            domain = torch.tensor([pair[side] for pair in self.pairs])[item.pair]
+            data |= {f"{name}.{field}": values for field, values in self._take(domain, rows).items()}
+        if self.every_way:
+            data["pair"] = item.pair
+        return Batch(data, item.positions, seen, batch)
+
+    def _take(self, domain: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        fields: dict[str, torch.Tensor] = {}
+        for number in domain.unique().tolist():
+            here = domain == number
+            for name, values in self.domains[number].take(rows[here]).items():
+                whole = fields.setdefault(name, values.new_empty((len(rows), *values.shape[1:])))
+                whole[here] = values
+        return fields
 
     def batches(
         self, images_seen: int, batch: int, rank: int, ranks: int, resolution: int | None = None
     ) -> Iterator[Batch]:
-        """This rank's share of every global batch: as many source as target samples, each side in its own order."""
-        pairs = LatentPairs(self.source, self.target, seed=self.seed, batch=batch, rank=rank, world=ranks)
-        for number, pair in enumerate(pairs.stream(images_seen)):
-            yield self._batch(pair.source, pair.target, pair.positions, images_seen + number * batch, batch)
+        """This rank's share of every global batch: as many source as target samples, each domain in its own order."""
+        sizes = [len(domain) for domain in self.domains]
+        pairs = LatentPairs(sizes, seed=self.seed, batch=batch, rank=rank, world=ranks, every_way=self.every_way)
+        for number, item in enumerate(pairs.stream(images_seen)):
+            yield self._batch(item, images_seen + number * batch, batch)
 
     def preview(self, count: int) -> Batch:
-        """Samples spread evenly over each domain."""
-        count = min(count, len(self.source), len(self.target))
-        rows = (torch.tensor(_spread(count, len(side))) for side in (self.source, self.target))
-        return self._batch(*rows, torch.arange(count), 0, count)
+        """Samples spread evenly over each domain, and over the pairs."""
+        count = min(count, *(len(domain) for domain in self.domains))
+        pair = torch.arange(count) % len(self.pairs)
+        source, target = (
+            torch.tensor(
+                [_spread(count, len(self.domains[self.pairs[p][side]]))[i] for i, p in enumerate(pair.tolist())]
+            )
+            for side in (0, 1)
+        )
+        return self._batch(PairBatch(torch.arange(count), source, target, pair), 0, count)

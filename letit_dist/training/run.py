@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 import yaml
 
 import letit_dist
-from letit_dist.config import StrictConfig, as_tree, differences, to_yaml
+from letit_dist.config import StrictConfig, as_tree, differences, parse_config, to_yaml
 from letit_dist.errors import UserError
 
 # What may change between two starts of a run, because by construction it changes no result.
@@ -72,6 +73,8 @@ def open_run(folder: Path, config: StrictConfig) -> None:
             saved = None
         if not isinstance(saved, dict):
             raise UserError(f"{path} cannot be read: name another run folder with --run")
+        with contextlib.suppress(UserError):  # keys that are newer than the run have their defaults there
+            saved = as_tree(parse_config(type(config), saved))
         lines = differences(_without_free(saved), _without_free(tree))
         if lines:
             listed = "\n".join(f"  {line}" for line in lines)
