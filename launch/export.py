@@ -4,7 +4,8 @@
     python launch/export.py --from alae ffhq/model_submitted.pth --out models/alae_ffhq
     python launch/export.py --from vqvae2 vqvae_560.pt --resolution 256 --out models/vqvae2
     python launch/export.py --from beta_vae last --out models/beta_vae
-    python launch/export.py --from energy ebm.pth --autoencoder models/alae_ffhq --steps 20 --step-size 2 --out models/ebm
+    python launch/export.py --from energy ebm.pth --out models/ebm \\
+        --autoencoder models/alae_ffhq --steps 20 --step-size 2
     python launch/export.py --from identity --resolution 64 --out models/pixels
     python launch/export.py --to alae models/alae_ffhq --out alae.pth
 
