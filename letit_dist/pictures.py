@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 _MARGIN = 3
 _PAPER = (255, 255, 255)
 _INK = (20, 20, 20)
+_SMALLEST = 9  # a font that can still be read
+_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
 
 
 def to_picture(image: Tensor, cell: int | None = None) -> Image.Image:
@@ -29,9 +31,9 @@ def to_picture(image: Tensor, cell: int | None = None) -> Image.Image:
     return picture
 
 
-def visible_size(resolution: int) -> int:
-    """Pixels a side at which an image can be judged by eye: small ones enlarged by a whole factor."""
-    return resolution * max(1, -(-96 // resolution))
+def visible_size(resolution: int, least: int = 96) -> int:
+    """Pixels a side, `least` or more, to judge an image by eye: small ones are enlarged by a whole factor."""
+    return resolution * max(1, -(-least // resolution))
 
 
 def grid(rows: Mapping[str, Sequence[Tensor]], *, cell: int | None = None, title: str | None = None) -> Image.Image:
@@ -42,7 +44,8 @@ def grid(rows: Mapping[str, Sequence[Tensor]], *, cell: int | None = None, title
     columns = max(len(images) for images in rows.values())
     step = cell + _MARGIN
     head = int(1.8 * font.size) if title else 0
-    sheet = Image.new("RGB", (label + columns * step, head + len(rows) * step + _MARGIN), _PAPER)
+    width = max(label + columns * step, int(font.getlength(title or "")) + 4 * _MARGIN)
+    sheet = Image.new("RGB", (width, head + len(rows) * step + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((2 * _MARGIN, head // 2), title, fill=_INK, font=font, anchor="lm")
@@ -63,18 +66,77 @@ def strip(images: Sequence[Tensor], *, cell: int | None = None) -> Image.Image:
     return picture
 
 
+def captioned(
+    images: Sequence[Tensor], captions: Sequence[str], *, cell: int | None = None, among: Sequence[str] = ()
+) -> Image.Image:
+    """T images as in `strip`, each with its lines of text below, all in the largest font in which each of them fits
+    its cell, and each of those `among` which they stand: frames of an animation have one size."""
+    cell = cell or visible_size(images[0].shape[-1])
+    font = _fitting(
+        [line for caption in (*captions, *among) for line in caption.splitlines()], 15 * cell // 16, cell // 9
+    )
+    pictures = strip(images, cell=cell)
+    rows = max(caption.count("\n") + 1 for caption in captions)
+    sheet = Image.new("RGB", (pictures.width, cell + int(1.3 * rows * font.size) + 2 * _MARGIN), _PAPER)
+    sheet.paste(pictures, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, caption in enumerate(captions):
+        place = (i * (cell + _MARGIN) + cell // 2, cell + _MARGIN)
+        draw.multiline_text(place, caption, fill=_INK, font=font, anchor="ma", align="center", spacing=0.2 * font.size)
+    return sheet
+
+
+def _fitting(lines: Sequence[str], width: int, largest: int) -> ImageFont.FreeTypeFont:
+    size = max(_SMALLEST, largest)
+    while size > _SMALLEST and max(map(ImageFont.load_default(size).getlength, lines)) > width:
+        size -= 1
+    return ImageFont.load_default(size)
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of any size in a row, their upper edges on one line."""
+    width = sum(picture.width + _MARGIN for picture in pictures) - _MARGIN
+    sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), _PAPER)
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + _MARGIN
+    return sheet
+
+
+def stacked(pictures: Mapping[str, Image.Image], title: str, *, size: int) -> Image.Image:
+    """Pictures below one another, each under its name, and a title above; `size` is the height of the letters."""
+    font = ImageFont.load_default(max(12, size))
+    head, gap = int(1.8 * font.size), 2 * _MARGIN
+    wide = max(*(p.width for p in pictures.values()), *(font.getlength(name) for name in (title, *pictures)))
+    height = head + sum(head + picture.height + gap for picture in pictures.values())
+    sheet = Image.new("RGB", (int(wide) + 2 * gap, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, head // 2), title, fill=_INK, font=font, anchor="lm")
+    top = head
+    for name, picture in pictures.items():
+        draw.text((gap, top + head // 2), name, fill=_INK, font=font, anchor="lm")
+        sheet.paste(picture, (gap, top + head))
+        top += head + picture.height + gap
+    return sheet
+
+
 def save_picture(picture: Image.Image, path: Path, **options) -> None:
     """Write beside and rename: a viewer never sees half a picture. The format follows the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.writing")
-    format = {".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF"}.get(path.suffix.lower(), "PNG")
-    picture.save(beside, format=format, **options)
+    picture.save(beside, format=_FORMATS.get(path.suffix.lower(), "PNG"), **options)
     os.replace(beside, path)
 
 
 def save_animation(images: Sequence[Tensor], path: Path, *, milliseconds: int = 120) -> None:
     """A looping GIF of images (3, H, W) in [-1, 1] or uint8; the last one stays for a second."""
-    # One at a time: Pillow keeps them all anyway, with a third of the bytes.
     frames = (to_picture(image, visible_size(image.shape[-1])) for image in images)
-    durations = [milliseconds] * (len(images) - 1) + [1000]
+    save_frames(frames, len(images), path, milliseconds=milliseconds)
+
+
+def save_frames(frames: Iterator[Image.Image], count: int, path: Path, *, milliseconds: int = 120) -> None:
+    """A looping animation of `count` pictures, a GIF or a WebP by the suffix; the last one stays for a second."""
+    # One at a time: Pillow keeps those of a GIF anyway, with a third of the bytes.
+    durations = [milliseconds] * (count - 1) + [1000]
     save_picture(next(frames), path, save_all=True, append_images=frames, duration=durations, loop=0)

@@ -282,7 +282,7 @@ def test_the_way_is_chosen_by_its_ends(tmp_path, on):
             choose("dog")
     chosen = choose("dog", "cat")
     assert chosen.energy.extra["target"] == "dog"
-    assert chosen.energy.extra["source"] == ("cat" if on == "pair" else None)
+    assert chosen.energy.extra["source"] == "cat"
     latents = torch.randn(3, *autoencoder.latent_shape)
     expected = energy.at("dog" if on == "target" else "cat to dog")(latents)
     torch.testing.assert_close(chosen.energy(latents), expected)

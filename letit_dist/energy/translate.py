@@ -307,7 +307,10 @@ def choose_translator(
         if to in (None, end) and (source is None or begin in (None, source))
     ]
     if len(fitting) == 1:
-        return fitting[0]
+        (chosen,) = fitting
+        # An energy that goes there from any domain: from now on from this one.
+        chosen.energy.extra = {**chosen.energy.extra, "source": chosen.energy.extra.get("source") or source}
+        return chosen
     listed = ", ".join(f"{begin or 'any'} to {end or '?'}" for begin, end in ways)
     asked = " ".join(f"{option} {name}" for option, name in (("--from", source), ("--to", to)) if name is not None)
     if not fitting:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 
 from letit_dist.errors import UserError
 from letit_dist.evaluation.pies import SOURCE, TARGET, PiesConfig, PiesResult
@@ -18,12 +22,17 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#888888"
 _SHOWN = 1500  # points a cloud; more are a blot
 
 
+def need_matplotlib() -> None:
+    """Raise UserError where it is not installed: before the work whose figure could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("figures need matplotlib: pip install 'letit_dist[eval]'")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches; raises UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install 'letit_dist[eval]'") from None
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
     # Without pyplot: no global state, no display.
     return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
@@ -66,3 +75,25 @@ def pies_figure(result: PiesResult, config: PiesConfig) -> Figure:
     figure.colorbar(image, ax=axes[-1], label="sum of |dE/dz| over the steps")
     figure.suptitle(f"two pies, {config.steps} steps of {config.step_size:g}, seed {config.seed}")
     return figure
+
+
+def energy_curve(
+    steps: Sequence[float], energies: Sequence[float], shown: Sequence[int], limits: tuple[float, float], height: int
+) -> Image.Image:
+    """The energy along one path as a picture `height` pixels high, with a point at every step whose frame is shown;
+    `limits` are the lowest and the highest energy of all paths, which get one scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = new_figure(3.2, 2.1)
+    # In proportion to the frames beside it, letters too.
+    figure.set_dpi(height / 2.1)
+    axis = figure.subplots()
+    axis.plot(steps, energies, c=BLUE, lw=1.5)
+    axis.plot([steps[t] for t in shown], [energies[t] for t in shown], "o", c=ORANGE, mec="black", mew=0.5)
+    room = 0.08 * (limits[1] - limits[0]) or 1.0
+    axis.set(xlabel="step", ylabel="energy", ylim=(limits[0] - room, limits[1] + room))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.4)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

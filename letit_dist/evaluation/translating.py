@@ -13,6 +13,7 @@ from torch import Tensor
 from letit_dist.data.inputs import Images
 from letit_dist.data.progress import Progress
 from letit_dist.data.transforms import to_images, to_pixels
+from letit_dist.energy.classifier import LatentClassifier
 from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
 from letit_dist.memory import MemoryPlan, plan_memory
@@ -33,6 +34,7 @@ class TranslateOptions:
     format: str = "png"
     batch: int = 16
     seed: int = 0
+    classifier: LatentClassifier | None = None  # a chain stops where this says that it has arrived
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class _Chunk:
     images: Tensor  # (B, 3, H, W)
     reconstructions: Tensor | None  # (B, 3, H, W), for a sheet
     frames: list[Tensor]  # T'+1 of (B, 3, H, W), for a path
+    steps: list[int]  # B, how many steps each chain took
 
 
 @torch.no_grad()
@@ -57,11 +60,12 @@ def _translate(translator: Translator, pixels: Tensor, places: Sequence[int], op
         noise=translator.noise(options.seed, places),
         decoder_noise=noise,
         on_frame=(lambda frame: frames.append(to_pixels(frame).cpu())) if options.path else None,
+        until=options.classifier and options.classifier.is_target,
     )
-    images, source = to_pixels(result.images).cpu(), result.source_latents
+    images, source, steps = to_pixels(result.images).cpu(), result.source_latents, result.steps.tolist()
     del result  # the images as floats, before others are decoded
     again = to_pixels(translator.decode(source, noise=noise)).cpu() if options.sheet else None
-    return _Chunk(images, again, frames)
+    return _Chunk(images, again, frames, steps)
 
 
 def plan_translation(translator: Translator, count: int, options: TranslateOptions, budget: int) -> MemoryPlan:
@@ -107,13 +111,14 @@ def translate_all(
         chunk = planned.images
         yield str(planned)
     source = iter(images)
-    done, sheets = 0, []
+    done, sheets, steps = 0, [], []
     waiting: dict[str, list[Tensor]] = {"source": [], "reconstruction": [], "translation": []}
     with Progress("translating", len(images)) as progress:
         while batch := list(islice(source, chunk)):
             names, pixels = [name for name, _ in batch], torch.stack([p for _, p in batch])
             result = _translate(translator, pixels, range(done, done + len(batch)), options)
             _write(names, result, out, options.format)
+            steps += result.steps
             if options.sheet:
                 waiting["source"] += pixels
                 waiting["reconstruction"] += result.reconstructions
@@ -127,6 +132,10 @@ def translate_all(
         sheets.append(_sheet(waiting, out, len(sheets)))
     for name, reason in images.bad:
         yield f"left out: {name}: {reason}"
+    if options.classifier and steps:
+        whole = translator.chain(steps=options.steps, step_size=options.step_size)[1]
+        early = sum(count < whole for count in steps)
+        yield f"{early} of {done} chains arrived before their end; {sum(steps) / done:.1f} of {whole} steps on average"
     yield f"{done} translations in {out}" + (f", {len(images.bad)} unreadable images left out" if images.bad else "")
     if options.path:
         yield f"trajectories: {out / 'paths'}"
