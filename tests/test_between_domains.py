@@ -83,7 +83,8 @@ def test_a_missing_condition_and_domains_of_another_autoencoder(chain, tmp_path)
 
 
 def test_each_chain_until_it_has_arrived(chain, tmp_path):
-    command = ("launch/translate.py", chain.images("apple", "test"), "--energy", chain.energy(), "--out", tmp_path / "o")
+    command = ("launch/translate.py", chain.images("apple", "test"), "--energy", chain.energy())
+    command += ("--out", tmp_path / "o")
     done = run(*command, "--strength", "auto", "--steps", 12, "--sheet", "--path")
     assert done.code == 0, done.err
     assert "a classifier of latents tells the domains apart with accuracy " in done.out
