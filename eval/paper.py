@@ -100,6 +100,7 @@ def pies(args: argparse.Namespace) -> None:
     record = {
         "inside": result.inside(args.epochs),
         "content_correlation": result.content_correlation(args.epochs),
+        "style_correlation": result.style_correlation(args.epochs),
         "still_dimensions": result.still_dimensions(args.epochs),
         "mean_shift": [round(value, 4) for value in result.shift[args.epochs].mean(0).tolist()],
         "seed": args.seed,

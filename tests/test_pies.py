@@ -30,6 +30,7 @@ def test_style_moves_into_the_target_disc_and_content_stays(result):
     assert sorted(result.translated) == sorted(result.shift) == [0, 5, 40]
     assert result.inside(40) > max(0.9, result.inside(0) + 0.3)
     assert result.content_correlation(40) > 0.98
+    assert result.style_correlation(40) > 0.95  # what moves is what carries style
     moved = result.translated[40] - result.source
     assert moved[:, 1].mean() > 0.5 > 5 * moved[:, 0].mean().abs()
     assert all(shift.shape == (500, 8) and shift.min() >= 0 for shift in result.shift.values())
@@ -48,10 +49,11 @@ def test_numbers_behind_the_figure():
     source = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     shift = torch.tensor([[0.1, 2.0, 1.0, 4.0]]).expand(3, 4)
     moved = source + torch.tensor([0.0, 1.5])
-    found = PiesResult(source, source, {3: moved}, {3: shift})
+    found = PiesResult(source, source, torch.tensor([0.0, 0.5, 0.25, 1.0]), {3: moved}, {3: shift})
     assert found.inside(3) == pytest.approx(1 / 3)  # only (0, 1.5) is within 1 of (0, 1)
     assert TARGET == (0.0, 1.0) and found.content_correlation(3) == pytest.approx(1)
-    assert found.still_dimensions(3) == [0]  # below half the mean of 1.775; 1.0 is not
+    assert found.still_dimensions(3) == [0, 2]  # below half of 4; 2.0 is not
+    assert found.style_correlation(3) == pytest.approx(1, abs=1e-3)
     model = LinearAutoencoder(3, 5)
     assert model.encode(torch.zeros(2, 3)).shape == (2, *model.latent_shape)
     assert model.decode(torch.zeros(2, 5)).shape == (2, 3)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -224,10 +223,7 @@ class MLPEnergy(EnergyModel):
         In closed form: a chain through narrow layers would spend its time in autograd's bookkeeping.
         """
         *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in self.layers[::2]]
-        # The operations that autograd would call.
-        aten = torch.ops.aten
-        leaky = partial(aten.leaky_relu_backward, negative_slope=_SLOPE, self_is_result=False)
-        bend = aten.gelu_backward if self.config.activation == "gelu" else leaky
+        bend = _through_gelu if self.config.activation == "gelu" else _through_leaky_relu
 
         @torch.no_grad()
         def run(latents: Tensor) -> Tensor:
@@ -241,12 +237,24 @@ class MLPEnergy(EnergyModel):
             # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
             gradient = last if condition is None else last[condition]
             for (weight, _), before in zip(reversed(hidden), reversed(inputs), strict=True):
-                gradient = bend(gradient.expand_as(before), before) @ weight
+                gradient = bend(gradient, before) @ weight
             if self.unit != 1:
                 gradient = gradient / self.unit
             return gradient.expand(len(latents), -1).reshape(latents.shape).to(latents.dtype)
 
         return run
+
+
+def _through_leaky_relu(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient (1 or B, h) of what comes out at x (B, h), as one of what goes in."""
+    return torch.ops.aten.leaky_relu_backward(gradient.expand_as(x), x, _SLOPE, False)
+
+
+def _through_gelu(gradient: Tensor, x: Tensor) -> Tensor:
+    # d/dx x Phi(x) = Phi(x) + x phi(x). torch's own kernel takes three times as long on maps as narrow as these.
+    below = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+    density = torch.exp((x * x).mul_(-0.5))
+    return below.addcmul_(x, density, value=1 / math.sqrt(2 * math.pi)).mul_(gradient)
 
 
 class ConvEnergyConfig(EnergyConfig):

@@ -20,7 +20,7 @@ from letit_dist.energy.models import MLPEnergyConfig, build_energy
 from letit_dist.energy.objective import contrastive_loss
 
 SOURCE, TARGET = (0.0, 0.0), (0.0, 1.0)  # centres
-_STILL = 0.5  # a dimension that moves less than this share of the mean move carries content
+_STILL = 0.5  # a dimension that moves less than this share of the one that moves most carries content rather than style
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class PiesResult:
 
     source: Tensor  # (N, 2)
     target: Tensor  # (N, 2)
+    style: Tensor  # (latent_dim,), absolute weights of the second coordinate in the encoder
     translated: dict[int, Tensor] = field(default_factory=dict)  # epoch -> (N, 2)
     shift: dict[int, Tensor] = field(default_factory=dict)  # epoch -> (N, latent_dim), sum of |dE/dz|
 
@@ -61,7 +62,11 @@ class PiesResult:
         """The latent dimensions that hardly move, the least moved first."""
         moved = self.shift[epoch].mean(0)
         order = moved.argsort().tolist()
-        return [dim for dim in order if moved[dim] < _STILL * moved.mean()]
+        return [dim for dim in order if moved[dim] < _STILL * moved.max()]
+
+    def style_correlation(self, epoch: int) -> float:
+        """Correlation over dimensions of how far each moves and how much style the encoder puts into it."""
+        return float(torch.corrcoef(torch.stack([self.shift[epoch].mean(0), self.style]))[0, 1])
 
 
 def disc(count: int, centre: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -86,7 +91,7 @@ def run_pies(config: PiesConfig) -> PiesResult:
         starts, goals = autoencoder.encode(source), autoencoder.encode(target)
     sampler = LangevinSampler(LangevinConfig(steps=config.steps, step_size=config.step_size))
     optimizer = torch.optim.SGD(energy.parameters(), lr=config.energy_rate)
-    result = PiesResult(source, target)
+    result = PiesResult(source, target, autoencoder.encoder.weight.detach()[:, 1].abs())
 
     def look(epoch: int) -> None:
         chain = sampler.sample(energy, starts)
