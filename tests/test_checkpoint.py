@@ -5,17 +5,21 @@ import random
 import re
 import resource
 import shutil
+import subprocess
+import sys
+import threading
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import assert_equal, everything, tiny_autoencoder, tiny_energy_trainer, tiny_trainer
+from conftest import ROOT, assert_equal, everything, tiny_autoencoder, tiny_energy_trainer, tiny_trainer
 
 from letit_dist.errors import UserError
 from letit_dist.pretrained import load_exactly
 from letit_dist.recipes.base import OptimizerConfig
 from letit_dist.recipes.vqvae2 import VQVAE2Recipe, VQVAE2RecipeConfig
+from letit_dist.training import checkpoint
 from letit_dist.training.checkpoint import CheckpointStore, open_checkpoint, verify
 
 
@@ -220,6 +224,93 @@ def _save_for_ever(folder):
     while True:
         number += 8
         store.save(number, tensors(number), {})
+
+
+class Gate:
+    """Holds back every file of a checkpoint until it is opened."""
+
+    def __init__(self, monkeypatch):
+        self.open = threading.Event()
+        self.begun = threading.Event()
+        really = checkpoint.save_file
+
+        def save_file(*given):
+            self.begun.set()
+            assert self.open.wait(20)
+            really(*given)
+
+        monkeypatch.setattr(checkpoint, "save_file", save_file)
+
+
+def test_a_background_save_keeps_what_was_there_when_it_began(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    store, given = CheckpointStore(tmp_path, 2), tensors(8)
+    store.save(8, given, {}, background=True)
+    assert gate.begun.wait(20) and not (tmp_path / name(8)).exists()
+    for values in given.values():
+        for tensor in values.values():
+            tensor.add_(1)
+    second = threading.Thread(target=store.save, args=(16, tensors(16), {}))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and not (tmp_path / f".{name(16)}.writing").exists(), "one at a time"
+    gate.open.set()
+    second.join(20)
+    store.wait()
+    assert names_in(tmp_path) == [name(8), name(16)]
+    for part, expected in tensors(8).items():
+        assert_equal(open_checkpoint(tmp_path / name(8)).tensors(part), expected)
+    assert verify(tmp_path / name(8)) is None
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_goes_wrong_in_the_background_is_said_once(tmp_path):
+    store = filled(tmp_path, 8)
+    with largest_file(100):
+        store.save(16, tensors(16), {}, background=True)
+        store._writer.join()
+    assert store.failed and names(store) == [name(8)]
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*images-000000000016: .*free some space"):
+        store.save(24, tensors(24), {})
+    assert not store.failed
+    store.wait()
+    store.save(24, tensors(24), {})
+    assert names(store) == [name(8), name(24)]
+
+
+def test_a_run_that_cannot_be_saved_ends(fruit_shards, fresh_accelerate, tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, fruit_shards, intervals={"checkpoint": 8})
+    really = checkpoint.save_file
+
+    def save_file(values, path):
+        if "000000000024" in str(path):
+            raise OSError(28, "No space left on device")
+        really(values, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*images-000000000024: No space left on device"):
+        trainer.train()
+    assert trainer.images_seen == 32, "at the next batch or save, whichever learns of it first"
+    assert trainer.store.latest().images_seen == 16
+
+
+def test_a_program_that_ends_finishes_its_checkpoint(tmp_path):
+    program = f"""
+import torch, time
+from pathlib import Path
+from letit_dist.training import checkpoint
+hashed = checkpoint._hash
+checkpoint._hash = lambda path: (time.sleep(0.3), hashed(path))[1]
+store = checkpoint.CheckpointStore(Path({str(tmp_path)!r}), 2)
+store.save(8, {{"model": {{"a": torch.ones(3)}}}}, {{}}, background=True)
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 3
+    assert CheckpointStore(tmp_path, 2).latest().images_seen == 8
 
 
 def test_a_kill_at_any_moment_loses_the_save_it_falls_into_and_no_other(tmp_path):

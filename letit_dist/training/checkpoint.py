@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -45,6 +47,12 @@ class Checkpoint:
         if not path.exists():
             raise UserError(f"{self.folder} holds no {path.name}: it is the checkpoint of another kind of run")
         return load_file(path)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the host, row-major as it is stored, and never the tensor itself."""
+    tensor = tensor.detach()
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
 def _flush(path: Path) -> None:
@@ -88,6 +96,8 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
+        self._writer: threading.Thread | None = None
+        self._failure: UserError | None = None
 
     def save(
         self,
@@ -98,9 +108,16 @@ class CheckpointStore:
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
         write_rank: Callable[[Path], None] | None = None,
+        background: bool = False,
     ) -> Path:
         """Write one checkpoint; every rank calls this. `write_rank(folder)` lets each rank add its own part
-        (sharded optimiser state); the main process writes everything else."""
+        (sharded optimiser state); the main process writes everything else.
+
+        With `background` it returns once the tensors are copied to the host's memory, and a thread writes them; what
+        goes wrong there is raised by `wait`, which the next `save` calls first.
+        """
+        if is_main:
+            self.wait()
         final = self.folder / f"{_PREFIX}{images_seen:012d}"
         beside = self.folder / f".{final.name}.writing"
         with _one_clear_error(beside, final):
@@ -111,10 +128,38 @@ class CheckpointStore:
             if write_rank is not None:
                 write_rank(beside)
                 barrier()
-            if is_main:
-                self._finish(beside, final, tensors, {**state, "images_seen": images_seen})
-        barrier()
+            state = {**state, "images_seen": images_seen}
+            if is_main and background:
+                copied = {name: {k: _copy(v) for k, v in values.items()} for name, values in tensors.items()}
+                # Not a daemon: a program that ends, by whatever exception, finishes its checkpoint first.
+                self._writer = threading.Thread(target=self._write, args=(beside, final, copied, state))
+                self._writer.start()
+            elif is_main:
+                self._finish(beside, final, tensors, state)
+        if not background:
+            barrier()
         return final
+
+    def _write(self, beside: Path, final: Path, tensors: dict, state: dict) -> None:
+        try:
+            with _one_clear_error(beside, final):
+                self._finish(beside, final, tensors, state)
+        except UserError as error:
+            self._failure = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether a write in the background has gone wrong; `wait` says how."""
+        return self._failure is not None
+
+    def wait(self) -> None:
+        """Until nothing is being written any more; raises the UserError of a write in the background, once."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _finish(self, beside: Path, final: Path, tensors: dict, state: dict) -> None:
         for name, values in tensors.items():

@@ -118,6 +118,13 @@ class Trainer:
 
     def train(self) -> int:
         """Run to the end. Returns 0, or STOPPED when a signal asked to stop and the state was saved."""
+        try:
+            return self._train()
+        finally:
+            # Whatever ends the run, what it says of its newest checkpoint is then true.
+            self.store.wait()
+
+    def _train(self) -> int:
         self.resume()
         total = self.training.images
         if self.images_seen >= total:
@@ -152,7 +159,7 @@ class Trainer:
                 if done or schedule.crosses(self.intervals.samples, before, self.images_seen):
                     self.picture()
                 if done or stop or schedule.crosses(self.intervals.checkpoint, before, self.images_seen):
-                    self.save()
+                    self.save(background=not (done or stop))
                 if stop and not done:
                     self.say(f"stopped at {self.images_seen} of {total} images; the same command continues")
                     return STOPPED
@@ -235,7 +242,11 @@ class Trainer:
 
     def _agree(self, batch: Batch) -> bool:
         """Count bad samples over all ranks and decide together whether to stop."""
-        stop, bad = self._all_sum([float(self._stop_asked), float(len(batch.bad))])
+        flags = [float(self._stop_asked), float(len(batch.bad)), float(self.store.failed)]
+        stop, bad, failed = self._all_sum(flags)
+        if failed:
+            self.store.wait()  # raises on the main process, which wrote
+            raise SystemExit(2)
         self.bad_samples += int(bad)
         for key, reason in batch.bad:
             print(f"unreadable sample replaced: {key}: {reason}", file=sys.stderr, flush=True)
@@ -339,8 +350,8 @@ class Trainer:
         """The recipe whose weights are the run's result: the average if there is one."""
         return self.average.module if self.average else self.recipe
 
-    def save(self) -> None:
-        """A checkpoint; every rank calls this."""
+    def save(self, *, background: bool = False) -> None:
+        """A checkpoint; every rank calls this. In the background, training goes on once the state is copied."""
         if self._saved_at == self.images_seen:
             return
         self.means.synchronise()
@@ -366,6 +377,7 @@ class Trainer:
             is_main=self.is_main,
             barrier=self.accelerator.wait_for_everyone,
             write_rank=write_rank,
+            background=background,
         )
         self._saved_at = self.images_seen
 
