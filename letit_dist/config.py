@@ -93,6 +93,9 @@ class TrainingConfig(StrictConfig):
     ema_half_life: float | None = Field(
         None, gt=0, description="half-life of the weight average, in images; null = no average"
     )
+    timeout: float = Field(
+        600.0, gt=0, description="seconds after which a rank that waits for the others gives up and says where"
+    )
     ema_warmup: float = Field(
         0.05, ge=0, description="the half-life is at most this share of images_seen; 0 = no warm-up"
     )

@@ -84,7 +84,7 @@ def _start(recipe, feed, run: Path, training: dict, intervals: dict, **options):
     reset_accelerate()
     run.mkdir(parents=True, exist_ok=True)
     return Trainer(
-        create_accelerator(several_phases=len(recipe.phases) > 1),
+        create_accelerator(several_phases=len(recipe.phases) > 1, timeout=training.get("timeout", 600.0)),
         recipe,
         feed,
         run=run,

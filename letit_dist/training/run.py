@@ -22,7 +22,7 @@ from letit_dist.config import StrictConfig, as_tree, differences, parse_config, 
 from letit_dist.errors import UserError
 
 # What may change between two starts of a run, because by construction it changes no result.
-_FREE = ("data.workers", "training.microbatch", "intervals")
+_FREE = ("data.workers", "training.microbatch", "training.timeout", "intervals")
 
 
 def _without_free(tree: dict) -> dict:

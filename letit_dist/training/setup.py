@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -42,8 +43,10 @@ def _prepare_deepspeed_on_cpu() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def create_accelerator(*, several_phases: bool) -> Accelerator:
+def create_accelerator(*, several_phases: bool, timeout: float = 600.0) -> Accelerator:
     """An `Accelerator` whose world and distribution are those of the launch; raises UserError otherwise.
+
+    `timeout` is how many seconds a rank waits for the others before a collective is given up.
 
     Mixed precision is never delegated: under DDP it would mean autocast and under DeepSpeed cast parameters.
     """
@@ -53,8 +56,9 @@ def create_accelerator(*, several_phases: bool) -> Accelerator:
         # Buffers (codebooks, running means) are equal by construction; a broadcast a step would hide it if not.
         DistributedDataParallelKwargs(find_unused_parameters=several_phases, broadcast_buffers=False)
     ]
-    if on_cpu and launched_ranks() > 1:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    if launched_ranks() > 1:
+        backend = {"backend": "gloo"} if on_cpu else {}
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout), **backend))
     if wants_deepspeed and on_cpu:
         try:
             _prepare_deepspeed_on_cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import signal
 import sys
 import time
@@ -42,6 +43,9 @@ from letit_dist.training.setup import (
 
 # Exit code of a run that was asked to stop and has saved itself: a scheduler may requeue it (EX_TEMPFAIL).
 STOPPED = 75
+
+# What a collective says when another rank has died or does not answer.
+_LOST = re.compile("timed? ?out|connection (closed|reset|refused)|broken pipe|no such process|socket", re.IGNORECASE)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
@@ -111,6 +115,7 @@ class Trainer:
         self._saved_at = -1
         self._batch_start = 0
         self._stop_asked = False
+        self._doing = "before the first batch"
         self._preview = None
         self._preview_count = preview
 
@@ -120,6 +125,17 @@ class Trainer:
         """Run to the end. Returns 0, or STOPPED when a signal asked to stop and the state was saved."""
         try:
             return self._train()
+        except RuntimeError as error:
+            if not _LOST.search(str(error)):
+                raise
+            saved = (
+                f"the newest checkpoint is at {self._saved_at} images" if self._saved_at > 0 else "none is saved yet"
+            )
+            raise UserError(
+                f"lost the other ranks {self._doing} at {self.images_seen} images "
+                f"({' '.join(str(error).split())[:200]}); {saved}, the same command continues from there. What a rank "
+                "that ended has said stands in its own lines"
+            ) from error
         finally:
             # Whatever ends the run, what it says of its newest checkpoint is then true.
             self.store.wait()
@@ -145,6 +161,7 @@ class Trainer:
                 for phase in self.recipe.phases:
                     if number % phase.every == 0:
                         self.step(phase, batch)
+                self._doing = "between two batches"
                 self.means.add(self.recipe.after_batch(batch))
                 before, self.images_seen = self.images_seen, self.images_seen + batch.global_batch
                 if self.average:
@@ -167,6 +184,7 @@ class Trainer:
 
     def step(self, phase: Phase, batch: Batch) -> None:
         """All microbatches of one phase, then one optimiser step over the phase's networks."""
+        self._doing = f"in phase {phase.name!r}"
         names = self.recipe.active_groups(phase, self.images_seen)
         activate(self.base_optimizer, names, self.recipe.rate_at(self.images_seen))
         require_gradients(self.groups, names)

@@ -1,0 +1,85 @@
+"""Faults that strike one of two processes: what the other one says, what is left, and that the run goes on from it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from letit_dist.training.checkpoint import verify
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(run: Path, shards: Path, fault: str):
+    """Both ranks under accelerate with the shipped file; the finished process and the seconds it took."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    begun = time.monotonic()
+    command = [*start, "tests/faulty_run.py", str(run), str(shards), fault]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return done, time.monotonic() - begun
+
+
+def checkpoints(run: Path) -> list[int]:
+    """Images of those that are whole."""
+    return sorted(int(p.name[-12:]) for p in (run / "checkpoints").glob("images-*") if verify(p) is None)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, fruit_shards):
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    done, _ = launch(run, fruit_shards, "none")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+def assert_goes_on(run: Path, shards: Path, unbroken: Path, at: int) -> None:
+    """The same command again ends with the bits of the run that nothing happened to."""
+    done, _ = launch(run, shards, "none")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resumed at {at} of 128 images" in done.stdout
+    for name in ("model", "average", "optimizer"):
+        mine, theirs = (load_file(r / f"checkpoints/images-000000000128/{name}.safetensors") for r in (run, unbroken))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), name
+    lines = [(r / "stats.jsonl").read_text().splitlines() for r in (run, unbroken)]
+    assert len(lines[0]) == len(lines[1])
+
+
+@pytest.mark.parametrize(
+    ("fault", "left", "says"),
+    [
+        ("kill", 48, "[rank 0] error: lost the other ranks in phase 'reconstruct' at 56 images"),
+        ("raise", 48, "ZeroDivisionError: a bug in one rank"),
+        ("nan", 48, "[rank 0] error: the loss of phase 'reconstruct' is not finite at 56 images"),
+        ("vanished", 48, "listed in index.json and not there: copy it again, or pack again"),
+        ("kill in save", 48, ""),
+        ("full disk", 48, "[rank 0] error: cannot write the checkpoint"),
+    ],
+)
+def test_one_rank_fails_and_nothing_but_time_is_lost(tmp_path, fruit_shards, unbroken, fault, left, says):
+    done, _ = launch(tmp_path / "run", fruit_shards, fault)
+    assert done.returncode not in (0, 75), done.stdout[-2000:]
+    assert says in done.stderr, done.stderr[-3000:]
+    assert checkpoints(tmp_path / "run") == [left]
+    if fault in ("kill", "kill in save", "full disk"):
+        assert_goes_on(tmp_path / "run", fruit_shards, unbroken, left)
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_time_limit(tmp_path, fruit_shards):
+    done, seconds = launch(tmp_path / "run", fruit_shards, "sleep")
+    assert done.returncode != 0 and seconds < 150, "the rank would have slept for ten minutes"
+    assert "[rank 0] error: lost the other ranks in phase 'reconstruct' at 56 images" in done.stderr
+    assert "the newest checkpoint is at 48 images, the same command continues from there" in done.stderr
+    assert checkpoints(tmp_path / "run") == [48]
+
+
+def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path, fruit_shards, unbroken):
+    done, _ = launch(tmp_path / "run", fruit_shards, "stop")
+    assert "stopped at 64 of 128 images; the same command continues" in done.stdout
+    assert checkpoints(tmp_path / "run") == [48, 64]
+    assert_goes_on(tmp_path / "run", fruit_shards, unbroken, 64)
