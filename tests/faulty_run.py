@@ -89,7 +89,13 @@ def full_disk():
     checkpoint.CheckpointStore._finish = finish
 
 
-STRIKES = {"kill": kill, "raise": fail, "sleep": sleep, "stop": stop, "nan": nan}
+def slow(batch):
+    """Time for somebody to send a signal."""
+    time.sleep(20)
+    return batch
+
+
+STRIKES = {"slow": slow, "kill": kill, "raise": fail, "sleep": sleep, "stop": stop, "nan": nan}
 
 
 @reports_errors
