@@ -9,7 +9,9 @@
 The same command again resumes from the newest checkpoint in the run folder, after a stop or a kill. SIGTERM,
 SIGUSR1 and Ctrl-C save a checkpoint first (exit code 75). The run folder holds config.yaml, environment.json,
 stats.jsonl, samples/, checkpoints/ and, at the end, export/images-*/ with config.json and model.safetensors.
-Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing.
+Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing: on a cluster,
+
+    python launch/pretrain.py configs/pretrain/ffhq1024_alae.yaml --check --ranks 8 --run runs/ffhq1024_alae
 """
 
 from __future__ import annotations
@@ -26,10 +28,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, e.g. configs/pretrain/imagenet256_vqvae2.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.batch=64 data.workers=4")
     parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
-    parser.add_argument("--check", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--check", action="store_true", help="show configuration, batches, memory and disk, and exit")
+    parser.add_argument("--ranks", type=int, help="--check: as if launched with so many ranks")
+    parser.add_argument("--zero", action="store_true", help="--check: with ZeRO, which shards the optimiser's state")
     args = parser.parse_intermixed_args(argv)
     if not args.check and args.run is None:
         parser.error("--run is required (or --check)")
+    if not args.check and (args.ranks is not None or args.zero):
+        parser.error("--ranks and --zero belong to --check: the launcher says how many ranks there are")
+    if args.ranks is not None and args.ranks < 1:
+        parser.error("--ranks must be at least 1")
     return args
 
 
@@ -54,11 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     if problems := config.recipe.problems(config.autoencoder, config.training):
         raise UserError("\n".join(problems))
     levels = config.recipe.levels(config.autoencoder)
-    plans = plan_batches(config.training, launched_ranks(), len(levels))
+    plans = plan_batches(config.training, args.ranks or launched_ranks(), len(levels))
     if args.check:
+        from letit_dist.training.estimate import data_lines, footprint, report
+
+        lines = timetable(levels, plans, config.training.images) + data_lines(config, plans[0].ranks)
+        found = footprint(config, levels, plans, shards_optimizer=args.zero)
+        lines += report(found, config, levels, args.run)
         print(to_yaml(config), end="")
-        for line in timetable(levels, plans, config.training.images):
-            print(f"# {line}")
+        print("\n".join(f"# {line}" for line in lines))
         return 0
 
     feed = ImageFeed(config.data, seed=config.training.seed)
