@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"# {line}" for line in lines))
         return 0
 
-    feed = ImageFeed(config.data, seed=config.training.seed)
+    feed = ImageFeed(config.data, seed=config.training.seed, resolution=config.autoencoder.resolution)
     expected = (config.autoencoder.resolution,) * 2
     if feed.image_size not in (None, expected):
         raise UserError(

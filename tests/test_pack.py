@@ -199,8 +199,19 @@ def test_other_formats(photos, tmp_path, format, extension, quality):
     assert torch.equal(dataset.pixels(0), exact) == (format == "webp" and quality is None)
 
 
-def test_enlarged_images_are_said_so(photos, tmp_path):
-    assert packed(photos, tmp_path / "out", resolution=48).notes == {"smaller than 48, enlarged": 12}
+def test_enlarging_is_refused_unless_asked_and_then_said_so(photos, tmp_path, capsys):
+    save(noise(50, 48, 48), photos / "0.png")
+    arguments = (photos, "--out", tmp_path / "out", "--resolution", 48, "--shard-size", 0.02)
+    for workers in (0, 1):
+        assert program("pack", *arguments, "--workers", workers) == 2
+        error = capsys.readouterr().err
+        assert "a.b/img.v1.001.png is 32x24, smaller than --resolution 48" in error and "--enlarge" in error
+    # What was begun without it goes on with it: the shards are the same as far as they go.
+    assert program("pack", *arguments, "--enlarge") == 0
+    assert "12 x smaller than 48, enlarged" in capsys.readouterr().out
+    result = packed(photos, tmp_path / "whole", resolution=48, enlarge=True, shard_bytes=20_000)
+    assert result.notes == {"smaller than 48, enlarged": 12}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_colliding_names_are_numbered_and_counted(tmp_path):

@@ -117,8 +117,9 @@ def encode_domain(
     """
     if other := [index for index in dataset.indexes if index.kind != "images"]:
         raise UserError(f"{other[0].folder} holds {other[0].kind}, not images")
-    size = dataset.image_size()
     side = autoencoder.config.resolution
+    dataset = dataset.matching(side)
+    size = dataset.image_size()
     if size != (side, side):
         raise UserError(
             f"{dataset.indexes[0].folder} holds images of {size[1]}x{size[0]}, the autoencoder takes {side}x{side}: "

@@ -15,8 +15,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from letit_dist.data import transforms
 from letit_dist.data.index import INDEX_NAME, JOURNAL_NAME
+from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import permutation, rank_positions
-from letit_dist.data.reader import BadSamples, Failure, ImageBatch, augment, loader, unwrap
+from letit_dist.data.reader import BadSamples, ImageBatch, augment
+from letit_dist.data.sizes import choose, images_of
 from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage
 from letit_dist.errors import UserError
 from letit_dist.rng import seed_for
@@ -107,12 +109,13 @@ class _Stream(IterableDataset):
         turn = worker  # the loader asks its workers in turn, so the global batch of each answer is known
         for sample in samples:
             key = sample["__key__"]
-            names = [name for name in sample if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-            if len(names) != 1:
-                note(key, f"{len(names)} images in one sample")
+            images = images_of(sample)
+            if images is None:
+                found = sum(name.rpartition(".")[2] in IMAGE_EXTENSIONS for name in sample)
+                note(key, f"{found} images in one sample")
                 continue
             try:
-                image = transforms.decode(sample[names[0]])
+                image = transforms.decode(sample[images[choose(images, o["resolution"])]])
             except UnreadableImage as error:
                 note(key, str(error))
                 continue

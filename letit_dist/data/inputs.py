@@ -101,7 +101,7 @@ class _Shards(Images):
         return self._dataset.place(position)
 
     def _load(self, position: int) -> Tensor:
-        return self._dataset.pixels(position)
+        return self._dataset.pixels(position, self.resolution)
 
 
 def open_images(path: Path, resolution: int, limit: int | None = None, max_bad_fraction: float = 0.05) -> Images:

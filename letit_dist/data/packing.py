@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ import torch
 
 from letit_dist.config import differences
 from letit_dist.data.index import INDEX_NAME, Index, write_atomically
+from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.progress import Progress
-from letit_dist.data.reader import loader
-from letit_dist.data.sources import Part, Source
+from letit_dist.data.sizes import sized
+from letit_dist.data.source_base import Item, Part, Source
 from letit_dist.data.transforms import (
     FILTERS,
     FORMATS,
@@ -23,6 +27,7 @@ from letit_dist.data.transforms import (
     decode,
     default_quality,
     encode,
+    image_type,
     resize_crop,
 )
 from letit_dist.data.writer import ShardWriter
@@ -30,28 +35,43 @@ from letit_dist.errors import UserError
 
 UNREADABLE_NAME = "unreadable.txt"
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+ORIGINAL = "original"
+# For the index: what its "filter" did.
+RESIZING = {
+    "box": "rounded average at whole factors, area average at others; Lanczos where enlarged",
+    "lanczos": "Lanczos",
+}
 
 
 @dataclass(frozen=True)
 class PackOptions:
     resolution: int | None = None  # None: as they are, all of one size
-    format: str = "png"
+    smaller: tuple[int, ...] = ()  # stored beside, each reduced from the square of `resolution`
+    format: str = "png"  # or "original": the bytes as they are
     quality: int | None = None  # JPEG: by size; WebP: None is lossless
     filter: str = "box"
     shard_bytes: int = 1 << 30
     max_bad_fraction: float = 0.05
     workers: int = 0
+    enlarge: bool = False  # False: an image smaller than `resolution` is an error
 
     def __post_init__(self) -> None:
         problems = []
         if self.resolution is not None and self.resolution < 1:
             problems.append(f"resolution {self.resolution}: a positive number of pixels is needed")
-        if self.format not in FORMATS:
-            problems.append(f"format {self.format!r}: choose one of {', '.join(FORMATS)}")
+        if self.smaller:
+            sides = [self.resolution or 0, *self.smaller]
+            if self.resolution is None or any(a <= b for a, b in itertools.pairwise(sides)) or sides[-1] < 1:
+                listed = " ".join(map(str, sides))
+                problems.append(f"resolutions {listed}: the largest first, each smaller than the one before")
+        if self.format == ORIGINAL and self.resolution is not None:
+            problems.append("--format original keeps the bytes as they are: leave out --resolution, or choose a format")
+        elif self.format not in (*FORMATS, ORIGINAL):
+            problems.append(f"format {self.format!r}: choose one of {', '.join((*FORMATS, ORIGINAL))}")
         if self.filter not in FILTERS:
             problems.append(f"filter {self.filter!r}: choose one of {', '.join(FILTERS)}")
-        if self.quality is not None and self.format == "png":
-            problems.append("a quality has no effect on png: leave it out, or choose --format jpeg or webp")
+        if self.quality is not None and self.format in ("png", ORIGINAL):
+            problems.append(f"a quality has no effect on {self.format}: leave it out, or choose --format jpeg or webp")
         elif self.quality is not None and not 1 <= self.quality <= 100:
             problems.append(f"quality {self.quality}: 1 to 100")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -63,6 +83,18 @@ class PackOptions:
         if problems:
             raise UserError("\n".join(problems))
 
+    def line(self) -> str:
+        """What will be stored, for people."""
+        if self.format == ORIGINAL:
+            return "the files' own bytes; all must have one size"
+        quality = "by size" if self.quality is None else self.quality
+        lossless = self.format == "png" or (self.format == "webp" and self.quality is None)
+        coded = f"{self.format}, {'lossless' if lossless else f'quality {quality}'}"
+        if self.resolution is None:
+            return f"{coded}, at their own size; all must have one"
+        sides = ", ".join(map(str, (self.resolution, *self.smaller)))
+        return f"{coded}, squares of {sides} pixels, {self.filter} filter ({RESIZING[self.filter]})"
+
 
 @dataclass
 class PackResult:
@@ -73,6 +105,7 @@ class PackResult:
     resumed_at: int = 0
     seconds: float = 0.0
     notes: Counter[str] = field(default_factory=Counter)
+    marks: frozenset[str] = frozenset()  # of the source's bytes; empty where nothing was packed now
 
     def lines(self) -> list[str]:
         """What happened, for people."""
@@ -93,6 +126,7 @@ class _Prepared:
     files: dict[str, bytes]
     size: tuple[int, int]
     notes: list[str]
+    mark: str | None
 
 
 @dataclass
@@ -108,12 +142,13 @@ class _Prepare:
     def __init__(self, source: Source, options: PackOptions):
         self.source, self.options = source, options
 
-    def __getitem__(self, number: int) -> _Prepared | _Unreadable:
+    def __getitem__(self, number: int) -> _Prepared | _Unreadable | Failure:
         options, notes = self.options, []
         try:
             item = self.source.item(number)
             if isinstance(item.content, bytes):
                 pixels = decode(item.content, notes)
+                notes += _misnamed(item)
             else:
                 pixels = torch.from_numpy(item.content).permute(2, 0, 1)
         except UnreadableImage as error:
@@ -122,21 +157,45 @@ class _Prepare:
             return _Unreadable(number, self.source.name(number), f"cannot be read: {error.strerror or error}")
         if options.resolution is not None:
             if min(pixels.shape[1:]) < options.resolution:
+                if not options.enlarge:
+                    return Failure(_too_small(self.source.name(number), tuple(pixels.shape[1:]), options.resolution))
                 notes.append(f"smaller than {options.resolution}, enlarged")
             pixels = resize_crop(pixels, options.resolution, options.filter)
         metadata = {**item.metadata, **({"notes": notes} if notes else {})}
-        files = {
-            EXTENSIONS[options.format]: encode(pixels, options.format, options.quality),
-            "json": json.dumps(metadata, sort_keys=True).encode(),
+        files = {**self._encoded(item, pixels), "json": json.dumps(metadata, sort_keys=True).encode()}
+        mark = hashlib.blake2b(item.content, digest_size=8).hexdigest() if isinstance(item.content, bytes) else None
+        return _Prepared(number, item.key, files, tuple(pixels.shape[1:]), notes, mark)
+
+    def _encoded(self, item: Item, pixels: torch.Tensor) -> dict[str, bytes]:
+        """Extension -> bytes of each size."""
+        options = self.options
+        if options.format == ORIGINAL:
+            known = image_type(item.content) or item.metadata["file"].rpartition(".")[2].lower()
+            return {known: item.content}
+        extension = EXTENSIONS[options.format]
+        if not options.smaller:
+            return {extension: encode(pixels, options.format, options.quality)}
+        # From the stored square, not from the source: then a lossless size equals the largest one reduced while
+        # reading, and training on either is the same run.
+        squares = {side: resize_crop(pixels, side, options.filter) for side in (pixels.shape[1], *options.smaller)}
+        return {
+            sized(side, extension): encode(square, options.format, options.quality) for side, square in squares.items()
         }
-        return _Prepared(number, item.key, files, tuple(pixels.shape[1:]), notes)
+
+
+def _misnamed(item: Item) -> list[str]:
+    """A note where a file's name says another format than its bytes."""
+    named = str(item.metadata.get("file", "")).rpartition(".")[2].lower()
+    named = {"jpeg": "jpg", "tiff": "tif"}.get(named, named)
+    found = image_type(item.content)
+    return [f"{found.upper()} named .{named}"] if found and found != named else []
 
 
 def _settings(part: Part, options: PackOptions) -> dict[str, Any]:
     quality = options.quality
     if options.format == "jpeg" and quality is None and options.resolution is not None:
         quality = default_quality(options.resolution)
-    return {
+    settings = {
         "domain": part.domain,
         "split": part.split,
         "resolution": options.resolution,
@@ -146,20 +205,30 @@ def _settings(part: Part, options: PackOptions) -> dict[str, Any]:
         "shard_bytes": options.shard_bytes,
         **part.source.settings(),
     }
+    if options.smaller:  # absent where there is one size: so were shards written before there was a choice
+        settings |= {"smaller": list(options.smaller), "filter": options.filter}
+    return settings
 
 
 def pack(part: Part, out: str | Path, options: PackOptions) -> PackResult:
     """Pack one part into out/part.subfolder, or continue, or find it done.
 
-    Raises UserError when the folder holds something else, when sizes differ and no resolution was asked for,
-    and when more than max_bad_fraction of the source is unreadable (whole shards stay, for another attempt).
+    Raises UserError when the folder holds something else, when sizes differ and no resolution was asked for, when
+    an image is smaller than the resolution and options.enlarge is not set, and when more than max_bad_fraction of
+    the source is unreadable (whole shards stay, for another attempt).
     """
+    if options.format == ORIGINAL and part.source.drawn:
+        raise UserError("--format original: drawn pictures have no bytes to keep; choose another format")
     folder = Path(out) / part.subfolder
     settings = _settings(part, options)
     if (folder / INDEX_NAME).exists():
         return _already(folder, settings)
     begun = time.monotonic()
     meta = {key: settings[key] for key in ("source", "domain", "split", "filter") if settings[key] is not None}
+    if settings["filter"] is not None:
+        meta["resize"] = RESIZING[settings["filter"]]
+    if options.smaller:
+        meta["resolutions"] = [options.resolution, *options.smaller]
     meta["pack"] = settings
     source, notes = part.source, Counter()
     allowed = int(options.max_bad_fraction * len(source))
@@ -173,7 +242,7 @@ def pack(part: Part, out: str | Path, options: PackOptions) -> PackResult:
         label = part.subfolder or folder.name
         prepared = loader(_Prepare(source, options), range(start, len(source)), options.workers)
         with Progress(label, len(source), done=start) as progress:
-            for item in prepared:
+            for item in unwrap(iter(prepared)):
                 if isinstance(item, _Unreadable):
                     writer.skip(item.key, item.reason, position=item.number)
                     _stop_past(allowed, writer, source, options)
@@ -181,7 +250,7 @@ def pack(part: Part, out: str | Path, options: PackOptions) -> PackResult:
                     size = size or item.size
                     if item.size != size:
                         raise UserError(_sizes_differ(source.name(item.number), item.size, size))
-                    writer.write(item.key, item.files, position=item.number)
+                    writer.write(item.key, item.files, position=item.number, mark=item.mark)
                     notes.update(item.notes)
                 progress.step()
         unreadable = writer.all_skipped()
@@ -192,8 +261,36 @@ def pack(part: Part, out: str | Path, options: PackOptions) -> PackResult:
             writer.meta["resolution"] = size[0]
         if writer.renamed:
             notes["key taken by another file after dots were replaced, given a number"] = writer.renamed
+        if writer.repeated:
+            notes["same bytes as an earlier file, kept"] = writer.meta["duplicates"] = writer.repeated
     samples = len(source) - len(unreadable)
-    return PackResult(folder, samples, len(unreadable), False, start, time.monotonic() - begun, notes)
+    return PackResult(
+        folder, samples, len(unreadable), False, start, time.monotonic() - begun, notes, frozenset(writer.marks)
+    )
+
+
+def leaks(parts: Sequence[Part], results: Sequence[PackResult]) -> list[str]:
+    """A line for each two parts of different splits that share equal files, as far as they were packed now."""
+    lines = []
+    done = [str(result.folder) for result in results if result.already_done]
+    if 0 < len(done) < len(results) and len({part.split for part in parts}) > 1:
+        lines.append(f"equal files not looked for in what was packed before ({', '.join(done)}): shards/check.py does")
+    for number, (part, result) in enumerate(zip(parts, results, strict=True)):
+        for other, earlier in zip(parts[:number], results[:number], strict=True):
+            shared = len(result.marks & earlier.marks)
+            if shared and part.split != other.split:
+                lines.append(
+                    f"warning: {shared} equal files in {earlier.folder} and {result.folder}: "
+                    f"python shards/check.py {earlier.folder} {result.folder} names them"
+                )
+    return lines
+
+
+def _too_small(name: str, size: tuple[int, int], resolution: int) -> str:
+    return (
+        f"{name} is {size[1]}x{size[0]}, smaller than --resolution {resolution}: choose a smaller one, or give "
+        "--enlarge (Lanczos); finished shards are kept"
+    )
 
 
 def _already(folder: Path, settings: dict[str, Any]) -> PackResult:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import json
 import os
-import signal
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from letit_dist import rng
 from letit_dist.data import transforms
 from letit_dist.data.index import Index
+from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import rank_positions, sample_at
-from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage
+from letit_dist.data.sizes import choose, images_of
+from letit_dist.data.transforms import UnreadableImage
 from letit_dist.errors import UserError
 
 OPEN_FILES = 256  # a process: well below the usual limit of 1024, several streams included
@@ -31,9 +31,13 @@ REPLACEMENTS = 32
 
 
 class ShardDataset:
-    """The samples of one or more shard folders, one folder after another. Safe to fork and to pickle."""
+    """The samples of one or more shard folders, one folder after another. Safe to fork and to pickle.
 
-    def __init__(self, paths: Sequence[str | Path]):
+    With `resolution`, images are of that size: the stored one where a sample has it, or else the next larger one
+    reduced by the box filter. Raises UserError for shards that are smaller.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], resolution: int | None = None):
         if isinstance(paths, (str, Path)):
             paths = [paths]
         if not paths:
@@ -41,11 +45,15 @@ class ShardDataset:
         self.indexes = [Index.read(path) for path in paths]
         self._ends = np.cumsum([len(index) for index in self.indexes]).tolist()
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._asked = resolution
         sizes = {index.meta["resolution"]: index.folder for index in self.indexes if "resolution" in index.meta}
-        if len(sizes) > 1:
+        if resolution is not None:
+            if (smallest := min(sizes, default=resolution)) < resolution:
+                raise UserError(f"{sizes[smallest]} holds images of {smallest}, not {resolution}: pack it again")
+        elif len(sizes) > 1:
             found = ", ".join(f"{folder} has {size}" for size, folder in sizes.items())
             raise UserError(f"shards of different resolution in one data set: {found}: pack them at one --resolution")
-        self.resolution: int | None = next(iter(sizes), None)
+        self.resolution: int | None = resolution or next(iter(sizes), None)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -111,25 +119,65 @@ class ShardDataset:
         except ValueError as error:
             raise UserError(f"{self.place(sample)}.json is not JSON: {error}") from None
 
-    def pixels(self, sample: int) -> Tensor:
-        """The sample's image, uint8 (3, H, W); raises UnreadableImage, and UserError where it has not one image."""
+    def images(self, sample: int) -> dict[int | None, str]:
+        """Side (None: not stated) -> extension of each stored size; raises UserError for anything but one image."""
         index, local = self._locate(sample)
-        names = [name for name in index.files(local) if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        if len(names) != 1:
+        images = images_of(index.files(local))
+        if images is None:
             found = ", ".join(index.files(local))
             raise UserError(f"{self.place(sample)}: one image a sample was expected, its files are: {found}")
-        return transforms.decode(self.read(sample, names)[names[0]], trusted="pack" in index.meta)
+        return images
 
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) of every image: the stated resolution, or else the first readable image's size."""
-        if self.resolution is not None:
-            return self.resolution, self.resolution
+    def decode(self, sample: int, extension: str) -> Tensor:
+        """One stored image as it is, uint8 (3, H, W); raises UnreadableImage."""
+        pack = self._locate(sample)[0].meta.get("pack")
+        # Only what our packer encoded itself is known to be well formed.
+        ours = pack is not None and pack.get("format") != "original"
+        return transforms.decode(self.read(sample, [extension])[extension], trusted=ours)
+
+    def pixels(self, sample: int, resolution: int | None = None, *, size: tuple[int, int] | None = None) -> Tensor:
+        """The sample's image, uint8 (3, H, W), box-filtered to `resolution` if that is given; no more is read than
+        that needs. Raises UnreadableImage; with `size`, UserError where the stored one is neither the size that is
+        stated for it nor, where none is stated, `size` (H, W)."""
+        wanted = resolution or self._asked
+        images = self.images(sample)
+        side = choose(images, wanted)
+        pixels = self.decode(sample, images[side])
+        if size is not None:
+            stated = side or self._locate(sample)[0].meta.get("resolution")
+            _check_size(self, sample, pixels, (stated, stated) if stated else size)
+        return transforms.resize_crop(pixels, wanted) if wanted else pixels
+
+    def stored_size(self) -> tuple[int, int]:
+        """(H, W) of every image in the largest stored size: the stated resolution, or the first readable image's."""
+        stated = self.indexes[0].meta.get("resolution")
+        if stated is not None:
+            return stated, stated
         for sample in range(min(len(self), REPLACEMENTS)):
             try:
-                return tuple(self.pixels(sample).shape[1:])
+                images = self.images(sample)
+                return tuple(self.decode(sample, images[choose(images, None)]).shape[1:])
             except UnreadableImage as error:
                 reason = error
         raise UserError(f"{self.place(0)} and the samples after it cannot be decoded: {reason}")
+
+    def at(self, resolution: int) -> ShardDataset:
+        """The same samples with images of `resolution` pixels a side."""
+        other = copy.copy(self)
+        other.resolution = other._asked = resolution
+        return other
+
+    def stores(self, resolution: int) -> bool:
+        """Whether every folder has images of this size beside a larger one."""
+        return all(resolution in index.meta.get("resolutions", ()) for index in self.indexes)
+
+    def matching(self, resolution: int) -> ShardDataset:
+        """The same samples at `resolution` where they hold it beside a larger one; otherwise as they are."""
+        return self.at(resolution) if self.stores(resolution) else self
+
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of every image that `pixels` returns."""
+        return (self._asked, self._asked) if self._asked else self.stored_size()
 
 
 @dataclass
@@ -142,13 +190,6 @@ class ImageBatch:
 
     def pin_memory(self) -> ImageBatch:
         return ImageBatch(self.pixels.pin_memory(), self.positions, self.bad)
-
-
-@dataclass
-class Failure:
-    """A UserError on its way out of a loader process, which would bury it in a traceback."""
-
-    message: str
 
 
 class BadSamples:
@@ -189,7 +230,7 @@ class _Batches:
     def __init__(self, dataset: ShardDataset, seed: int, flip: bool, grayscale: float, resolution: int | None):
         self.dataset, self.seed, self.flip, self.grayscale = dataset, seed, flip, grayscale
         self.resolution = resolution
-        self.size = dataset.image_size()
+        self.size = dataset.stored_size()
 
     def __getitem__(self, positions: np.ndarray) -> ImageBatch | Failure:
         try:
@@ -205,13 +246,10 @@ class _Batches:
         # A bad sample is replaced, not left out: lengths must not differ between ranks.
         for attempt in range(REPLACEMENTS):
             try:
-                pixels = self.dataset.pixels(sample)
+                return self.dataset.pixels(sample, self.resolution, size=self.size)
             except UnreadableImage as error:
                 bad.append((self.dataset.key(sample), str(error)))
                 sample = rng.seed_for(self.seed, f"replacement {attempt}", position) % len(self.dataset)
-                continue
-            _check_size(self.dataset, sample, pixels, self.size)
-            return transforms.resize_crop(pixels, self.resolution) if self.resolution else pixels
         raise UserError(
             f"{REPLACEMENTS} samples in a row cannot be decoded, the last: {self.dataset.place(sample)} ({bad[-1][1]})"
         )
@@ -223,49 +261,6 @@ def _check_size(dataset: ShardDataset, sample: int, pixels: Tensor, size: tuple[
         raise UserError(
             f"{dataset.place(sample)}: the image is {found}, the others are {expected}: pack with one --resolution"
         )
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _quiet(_: int) -> None:
-    """Ctrl-C, and SIGTERM to the whole process group (Slurm, torchrun), are for the main process to answer.
-
-    A worker that SIGTERM ended would break the run before it has saved itself: torch raises in the main process,
-    wherever that is. The parent's own SIGTERM, at its end, still ends a worker: hence the look at the sender.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def unwrap(items: Iterator[Any]) -> Iterator[Any]:
-    """Pass items on, raising a `Failure` as the UserError it was."""
-    for item in items:
-        if isinstance(item, Failure):
-            raise UserError(item.message)
-        yield item
-
-
-def loader(dataset: Any, sampler: Any, workers: int, *, pin: bool = False) -> DataLoader:
-    """A loader whose items are whole batches already."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=_same,
-        pin_memory=pin and torch.cuda.is_available(),
-        worker_init_fn=_quiet,
-        prefetch_factor=4 if workers else None,
-    )
 
 
 class _Positions:
@@ -284,7 +279,7 @@ class ImageStream:
 
     The pixels at a stream position depend on (shards, seed, position) alone: any number of ranks and workers
     gives the same global batches. A resumed run passes its images_seen as `start`. Images are box-filtered to
-    `resolution` if that is given.
+    `resolution` if that is given, from the smallest stored size that is large enough.
 
     `bad` counts against `max_bad_fraction`; the trainer feeds it with sums over all ranks, because a rank that
     stopped by itself would leave the others waiting.
@@ -310,7 +305,7 @@ class ImageStream:
         rank_positions(start, batch, rank, world)
         self.bad = BadSamples(max_bad_fraction)
         batches = _Batches(dataset, seed, flip, grayscale, resolution)
-        self.size = batches.size
+        self.size = dataset.image_size()
         self._loader = loader(batches, _Positions(start, batch, rank, world), workers, pin=True)
 
     def __iter__(self) -> Iterator[ImageBatch]:
@@ -319,17 +314,16 @@ class ImageStream:
 
 class _InOrder:
     def __init__(self, dataset: ShardDataset):
-        self.dataset, self.size = dataset, dataset.image_size()
+        self.dataset, self.size = dataset, dataset.stored_size()
 
     def __getitem__(self, samples: np.ndarray) -> tuple[Tensor, Tensor] | Failure:
         try:
             pixels = []
             for sample in samples.tolist():
                 try:
-                    pixels.append(self.dataset.pixels(sample))
+                    pixels.append(self.dataset.pixels(sample, size=self.size))
                 except UnreadableImage as error:
                     raise UserError(f"{self.dataset.place(sample)}: {error}") from None
-                _check_size(self.dataset, sample, pixels[-1], self.size)
             return torch.stack(pixels), torch.from_numpy(samples)
         except UserError as error:
             return Failure(str(error))

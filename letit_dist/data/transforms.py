@@ -44,6 +44,14 @@ def decode(data: bytes, notes: list[str] | None = None, *, trusted: bool = False
     return _pillow(data, notes) if pixels is None else pixels
 
 
+def image_type(data: bytes) -> str | None:
+    """The usual extension of what these bytes are (png, jpg, webp, gif, bmp, tif), whatever their file is called."""
+    if data[:4] == b"RIFF":
+        return "webp" if data[8:12] == b"WEBP" else None
+    heads = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "gif": b"GIF8", "bmp": b"BM", "tif": (b"II*\0", b"MM\0*")}
+    return next((name for name, head in heads.items() if data.startswith(head)), None)
+
+
 def _fast(data: bytes, notes: list[str], trusted: bool) -> Tensor | None:
     try:
         if data[:3] == b"\xff\xd8\xff":

@@ -76,7 +76,8 @@ class ShardWriter:
         self.shard_bytes, self.shard_samples = shard_bytes, shard_samples
         self.resume_at = 0
         self.skipped: list[tuple[str, str]] = []
-        self.renamed = 0
+        self.renamed = self.repeated = 0
+        self.marks: set[str] = set()
         self._settings = json.loads(json.dumps(dict(settings if settings is not None else self.meta)))
         self._shards: list[Shard] = []
         self._samples: list[tuple[str, Files]] = []
@@ -85,6 +86,7 @@ class ShardWriter:
         self._open_samples = 0
         self._next = 0
         self._pending: list[tuple[int, str, str]] = []
+        self._new_marks: list[str] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -136,6 +138,7 @@ class ShardWriter:
             self.skipped += [tuple(item) for item in record["skipped"]]
             self.resume_at = self._next = record["next"]
             self.renamed = record["renamed"]
+            self._mark(record.get("marks", []))
         if len(self._shards) < len(records) - 1:
             self._journal.truncate(0)
             self._note(*records[: len(self._shards) + 1])
@@ -167,10 +170,18 @@ class ShardWriter:
         self._used.add(key)
         return key
 
-    def write(self, key: str, files: Mapping[str, bytes], *, position: int | None = None) -> str:
+    def _mark(self, marks: list[str]) -> None:
+        for mark in marks:
+            self.repeated += mark in self.marks
+            self.marks.add(mark)
+
+    def write(
+        self, key: str, files: Mapping[str, bytes], *, position: int | None = None, mark: str | None = None
+    ) -> str:
         """Append one sample (extension -> bytes) and return the key it got.
 
-        `position` says which item of the source this was, so that a continued pack can skip what is done.
+        `position` says which item of the source this was, so that a continued pack can skip what is done. `mark`
+        names its contents: `repeated` counts those that came before, in earlier attempts too.
         """
         if not files or any(e != e.lower() or not e or e[0] in "._" or "/" in e for e in files):
             raise ValueError(f"extensions must be lower case, without a leading dot or underscore: {list(files)}")
@@ -187,6 +198,9 @@ class ShardWriter:
             self._tar.write({"__key__": key, **files})
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
+        if mark is not None:
+            self._mark([mark])
+            self._new_marks.append(mark)
         self._open_samples += 1
         self._next = self._next + 1 if position is None else position + 1
         return key
@@ -228,6 +242,7 @@ class ShardWriter:
         self._shards.append(shard)
         self._samples += samples
         self._tar = self._file = None
+        marks, self._new_marks = self._new_marks, []
         self._note(
             {
                 "shard": asdict(shard),
@@ -235,6 +250,7 @@ class ShardWriter:
                 "next": self._next,
                 "skipped": done,
                 "renamed": self.renamed,
+                "marks": marks,
             }
         )
 

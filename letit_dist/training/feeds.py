@@ -23,13 +23,19 @@ def _spread(count: int, total: int) -> list[int]:
 
 
 class ImageFeed:
-    """Shards of images, augmented by draws that belong to the sample's place in the run."""
+    """Shards of images, augmented by draws that belong to the sample's place in the run.
 
-    def __init__(self, config: ImagesConfig, *, seed: int):
+    `resolution` is taken from samples that hold it beside larger ones; it does nothing to others.
+    """
+
+    def __init__(self, config: ImagesConfig, *, seed: int, resolution: int | None = None):
         self.config = config
         self.seed = seed
         self.foreign = any(is_foreign(path) for path in config.train)
         self.dataset = None if self.foreign else ShardDataset(config.train)
+        self.resolution = None
+        if self.dataset is not None and resolution is not None and self.dataset.stores(resolution):
+            self.dataset, self.resolution = self.dataset.at(resolution), resolution
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -62,7 +68,7 @@ class ImageFeed:
             self.config.workers,
             flip=self.config.flip,
             grayscale=self.config.grayscale,
-            resolution=resolution,
+            resolution=resolution or self.resolution,
         )
         if stream.notice and rank == 0:
             print(stream.notice, flush=True)

@@ -1,0 +1,242 @@
+"""What a source of images and a layout are. A new layout is one class with `recognise` and `parts`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from letit_dist.data.transforms import IMAGE_EXTENSIONS
+from letit_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to pack: its encoded bytes, or pixels (uint8 (H, W, 3))."""
+
+    key: str
+    content: bytes | np.ndarray
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as far as a source needs to know."""
+
+    resolution: int | None = None
+    count: int | None = None
+    test: int | None = None
+    seed: int | None = None
+    domain: str | None = None
+    split: str | None = None
+    layout: str | None = None
+    attribute: str | None = None
+    column: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder of shards to write; `notes` are lines for the user."""
+
+    subfolder: str
+    domain: str | None
+    split: str | None
+    source: Source
+    notes: tuple[str, ...] = ()
+
+
+class Source(ABC):
+    """Images by number, so that an interrupted pack continues and workers need no queue of bytes."""
+
+    drawn = False  # True: items are pixels, not encoded bytes
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """What to call the item in messages and lists."""
+
+    @abstractmethod
+    def item(self, number: int) -> Item:
+        """One item; an OSError means that it cannot be read."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What identifies the contents; two sources with equal settings give equal shards."""
+
+    def bytes(self) -> int | None:
+        """How many bytes the encoded images take; None if that is not known before they are read."""
+        return None
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self.item(number) for number in range(len(self)))
+
+
+class Layout(ABC):
+    """A way in which people store images."""
+
+    name: str
+    # Fields of Request that this layout honours; any other that is given is refused.
+    takes: frozenset[str] = frozenset({"domain", "split"})
+
+    @staticmethod
+    @abstractmethod
+    def recognise(spec: str) -> str | None:
+        """What was seen in `spec` (what stands on the command line) that speaks for this layout, or None."""
+
+    @classmethod
+    @abstractmethod
+    def parts(cls, spec: str, request: Request) -> list[Part]:
+        """The folders to write; raises UserError for what cannot be packed as asked."""
+
+
+class FileSource(Source):
+    """Files below a folder: (path, what else is known about it), in the order given."""
+
+    def __init__(
+        self, folder: str | Path, files: Iterable[str | tuple[str, dict[str, Any]]], layout: str | None = None
+    ):
+        self.folder, self.layout = Path(folder), layout
+        pairs = [(file, None) if isinstance(file, str) else file for file in files]
+        self.paths = [path for path, _ in pairs]
+        # A million empty dictionaries would take 64 MB.
+        self.known = [known or None for _, known in pairs]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, number: int) -> str:
+        return self.paths[number]
+
+    def item(self, number: int) -> Item:
+        path = self.paths[number]
+        content = (self.folder / path).read_bytes()
+        stem = path.lstrip("/").rpartition(".")[0]
+        return Item(stem.replace("../", ""), content, {"file": path, **(self.known[number] or {})})
+
+    def settings(self) -> dict[str, Any]:
+        # Names and sizes tell a changed folder without reading it.
+        lines = [f"{path} {self._size(path)}" for path in self.paths]
+        if any(self.known):
+            lines = [f"{line} {json.dumps(known)}" for line, known in zip(lines, self.known, strict=True)]
+        found = {"source": self.folder.resolve().name, "files": len(self), "listing": fingerprint(lines)}
+        return found if self.layout is None else {**found, "layout": self.layout}
+
+    def bytes(self) -> int:
+        return sum(self._size(path) or 0 for path in self.paths)
+
+    def _size(self, path: str) -> int | None:
+        try:
+            return (self.folder / path).stat().st_size
+        except OSError:
+            return None  # a dangling link: listed as unreadable when its turn comes
+
+
+def fingerprint(lines: Iterable[str]) -> str:
+    """16 hex digits of SHA-256 over lines."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is looked at: a known extension, and not hidden."""
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not name.rpartition("/")[2].startswith(".")
+
+
+def walk(folder: str | Path) -> tuple[list[str], int]:
+    """(sorted relative paths of all images below, number of other files)."""
+    paths, other = [], 0
+    for root, _, names in os.walk(folder):
+        inside = Path(root).relative_to(folder)
+        for name in names:
+            if is_image(name):
+                paths.append((inside / name).as_posix())
+            else:
+                other += 1
+    return sorted(paths), other
+
+
+def images_below(folder: str | Path) -> list[str]:
+    """Sorted relative paths; raises UserError if there is none."""
+    paths, other = walk(folder)
+    if not paths:
+        known = ", ".join(IMAGE_EXTENSIONS)
+        raise UserError(f"{folder}: no images below this folder ({other} other files; looked for {known})")
+    return paths
+
+
+def first_images(folder: str | Path, count: int = 20) -> list[str]:
+    """Names of a few images right inside a folder, without listing a million of them."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_image(entry.name):
+                    found.append(entry.name)
+                    if len(found) == count:
+                        break
+    except OSError:
+        return []
+    return found
+
+
+def subfolders(folder: str | Path) -> list[str]:
+    """Sorted names of the visible folders right inside; [] where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def select(parts: Sequence[Part], request: Request, spec: str) -> list[Part]:
+    """The parts of the domain and split that were asked for; raises UserError naming those that there are.
+
+    Where no part has a domain (or split), the name that was asked for is given to all.
+    """
+    found = list(parts)
+    for field in ("domain", "split"):
+        wanted = getattr(request, field)
+        if wanted is None:
+            continue
+        known = list(dict.fromkeys(getattr(part, field) for part in parts if getattr(part, field) is not None))
+        if not known:
+            found = [replace(part, **{field: wanted}) for part in found]
+            continue
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise UserError(f"--{field} {wanted}: {spec} has {', '.join(known)}{hint}")
+        found = [part for part in found if getattr(part, field) == wanted]
+    return found
+
+
+def place(domain: str | None, split: str | None) -> str:
+    """The subfolder of a part: domain/split, as far as there are any."""
+    return "/".join(name for name in (domain, split) if name)
+
+
+def by_domain_and_split(
+    folder: str | Path,
+    files: Iterable[tuple[str | None, str | None, str, dict[str, Any]]],
+    layout: str,
+    kind: type[FileSource] = FileSource,
+) -> list[Part]:
+    """Parts from (domain, split, path, what else is known), domains and splits in order of their names."""
+    groups: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
+    for domain, split, path, known in files:
+        groups.setdefault((domain or "", split or ""), []).append((path, known))
+    order = {"train": 0, "val": 1, "test": 2}
+    keys = sorted(groups, key=lambda key: (key[0], order.get(key[1], 3), key[1]))
+    return [
+        Part(place(domain, split), domain or None, split or None, kind(folder, groups[domain, split], layout))
+        for domain, split in keys
+    ]

@@ -1,0 +1,185 @@
+"""Sets whose folders say domain and split: ImageNet, AFHQ, CelebA-HQ as StarGAN v2 has it, CycleGAN's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from letit_dist.data.source_base import (
+    FileSource,
+    Layout,
+    Part,
+    Request,
+    by_domain_and_split,
+    first_images,
+    images_below,
+    select,
+    subfolders,
+    walk,
+)
+from letit_dist.errors import UserError
+
+SYNSET = re.compile(r"n\d{8}")
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+# CycleGAN's folder is called ukiyoe2photo, the papers say ukiyo2photo: one name for the domain.
+SPELLINGS = {"ukiyoe": "ukiyo"}
+
+
+class ImageNetLayout(Layout):
+    """ImageNet-1k unpacked: train/n01440764/*.JPEG; val the same or flat, with the devkit's ground truth."""
+
+    name = "imagenet"
+    takes = frozenset({"split"})
+
+    @staticmethod
+    def _root(spec: str) -> Path:
+        inner = Path(spec, "Data", "CLS-LOC")
+        return inner if inner.is_dir() else Path(spec)
+
+    @staticmethod
+    def recognise(spec: str) -> str | None:
+        root = ImageNetLayout._root(spec)
+        synsets = [name for name in subfolders(root / "train") if SYNSET.fullmatch(name)]
+        if synsets:
+            return f"ImageNet: train with {len(synsets)} synset folders"
+        flat = any(name.startswith("ILSVRC2012_val_") for name in first_images(root / "val"))
+        return "ImageNet: val" if flat or any(map(SYNSET.fullmatch, subfolders(root / "val"))) else None
+
+    @classmethod
+    def parts(cls, spec: str, request: Request) -> list[Part]:
+        root = cls._root(spec)
+        parts = []
+        for split in ("train", "val"):
+            folder = root / split
+            if not folder.is_dir():
+                continue
+            truth = _ground_truth(spec, root) if first_images(folder, 1) else None
+            files, notes = [], []
+            for path in images_below(folder):
+                synset = path.partition("/")[0]
+                known: dict[str, Any] = {"synset": synset} if SYNSET.fullmatch(synset) else {}
+                if truth is not None and (number := _val_number(path)) is not None:
+                    if number > len(truth):
+                        raise UserError(f"{folder / path}: {GROUND_TRUTH} has {len(truth)} lines, none for this image")
+                    known = {"ilsvrc_id": truth[number - 1]}
+                files.append((f"{split}/{path}", known))
+            unlabelled = sum(not known for _, known in files)
+            if unlabelled:
+                notes.append(f"{unlabelled} images of {split} without a class (no synset folder, no {GROUND_TRUTH})")
+            source = FileSource(root, files, cls.name)
+            parts.append(Part(split, None, split, source, tuple(notes)))
+        if not parts:
+            raise UserError(f"{spec}: neither train nor val here")
+        return select(parts, request, spec)
+
+
+def _val_number(path: str) -> int | None:
+    match = re.search(r"ILSVRC2012_val_(\d{8})", path)
+    return int(match.group(1)) if match else None
+
+
+def _ground_truth(spec: str, root: Path) -> list[int] | None:
+    """The devkit's number of the class (ILSVRC2012_ID, 1 to 1000) of each validation image."""
+    places = (root, Path(spec), Path(spec, "data"), *Path(spec).glob("ILSVRC2012_devkit*/data"))
+    path = next((place / GROUND_TRUTH for place in places if (place / GROUND_TRUTH).is_file()), None)
+    if path is None:
+        return None
+    try:
+        return [int(line) for line in path.read_text().split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: a number a line was expected: {error}") from None
+
+
+class SplitDomainsLayout(Layout):
+    """split/domain/images: AFHQ v1 (train, val) and v2 (train, test), CelebA-HQ of StarGAN v2, and any other.
+
+    More than MOST_DOMAINS are classes of one domain; images right in the folders of splits have none.
+    """
+
+    name = "splits"
+    MOST_DOMAINS = 20
+    KNOWN = {frozenset({"cat", "dog", "wild"}): "AFHQ", frozenset({"female", "male"}): "CelebA-HQ of StarGAN v2"}
+
+    @staticmethod
+    def _found(spec: str) -> dict[str, list[str]]:
+        """Split -> its domains, each with images; [""] where the images are right inside."""
+        found = {}
+        for split in ("train", "val", "test"):
+            inside = [name for name in subfolders(Path(spec, split)) if first_images(Path(spec, split, name), 1)]
+            if inside or first_images(Path(spec, split), 1):
+                found[split] = inside or [""]
+        return found
+
+    @staticmethod
+    def recognise(spec: str) -> str | None:
+        found = SplitDomainsLayout._found(spec)
+        if "train" not in found or len(found) < 2 or set().union(*found.values()) != set(found["train"]):
+            return None
+        if found["train"] == [""]:
+            return f"folders of splits ({', '.join(found)})"
+        if len(found["train"]) > SplitDomainsLayout.MOST_DOMAINS:
+            return f"folders of splits ({', '.join(found)}) with {len(found['train'])} classes"
+        listed = "; ".join(f"{split}: {', '.join(names)}" for split, names in found.items())
+        return f"{SplitDomainsLayout.KNOWN.get(frozenset(found['train']), 'a folder a split and domain')} ({listed})"
+
+    @classmethod
+    def parts(cls, spec: str, request: Request) -> list[Part]:
+        found = cls._found(spec)
+        if not found:
+            raise UserError(f"{spec}: no folders train/DOMAIN with images here")
+        # AFHQ v1 and CelebA-HQ call val what AFHQ v2 and the papers call test.
+        held_out = {"val": "test"} if "test" not in found else {}
+        classes = max(map(len, found.values())) > cls.MOST_DOMAINS
+        files = []
+        for split, domains in found.items():
+            for name in domains:
+                inside = f"{split}/{name}".rstrip("/")
+                domain, known = (None, {"class": name}) if classes else (name or None, {})
+                paths = walk(Path(spec, inside))[0]
+                files += [(domain, held_out.get(split, split), f"{inside}/{path}", known) for path in paths]
+        return select(by_domain_and_split(spec, files, cls.name), request, spec)
+
+
+class CycleGanLayout(Layout):
+    """trainA, trainB, testA, testB; domains by the folder's name: apple2orange, ukiyo2photo, horse2zebra."""
+
+    name = "cyclegan"
+    FOLDERS = {f"{split}{side}": (split, side) for split in ("train", "val", "test") for side in "AB"}
+
+    @staticmethod
+    def _found(spec: str) -> list[str]:
+        return [name for name in subfolders(spec) if name in CycleGanLayout.FOLDERS]
+
+    @staticmethod
+    def recognise(spec: str) -> str | None:
+        found = CycleGanLayout._found(spec)
+        return f"CycleGAN's folders ({', '.join(found)})" if found else None
+
+    @classmethod
+    def parts(cls, spec: str, request: Request) -> list[Part]:
+        found = cls._found(spec)
+        images = {name: walk(Path(spec, name))[0] for name in found}
+        if not any(images.values()):
+            raise UserError(f"{spec}: no images in trainA, trainB, testA or testB here")
+        names = dict(zip("AB", cls.domains(spec), strict=True))
+        for side, other in ("AB", "BA"):
+            if not any(images.get(name) for name, (_, s) in cls.FOLDERS.items() if s == side):
+                raise UserError(
+                    f"{spec}: one domain where two are needed: images of {other} ({names[other]}) and none of {side} "
+                    f"({names[side]}); add train{side}, or give --layout folder for one domain"
+                )
+        files = [
+            (names[cls.FOLDERS[name][1]], cls.FOLDERS[name][0], f"{name}/{path}", {})
+            for name, paths in images.items()
+            for path in paths
+        ]
+        return select(by_domain_and_split(spec, files, cls.name), request, spec)
+
+    @staticmethod
+    def domains(spec: str) -> tuple[str, str]:
+        """Names of A and B: `vangogh2photo` -> vangogh, photo; A and B where the folder's name says none."""
+        first, two, second = Path(spec).resolve().name.lower().partition("2")
+        if not (two and first and second and first != second):
+            return "A", "B"
+        return SPELLINGS.get(first, first), SPELLINGS.get(second, second)
