@@ -6,12 +6,17 @@
 
 A judge learns from the real training images of both domains to tell them apart and, where the shards carry
 the true factors of each image (the built-in set does), to read them. It then looks at the test images as they
-are, reconstructed, moved by the mean shift, and translated:
+are, reconstructed, moved by simpler means (the mean shift; optimal transport between two Gaussians; the light
+Schroedinger bridge, LightSB), and translated, all on the same latents:
 
   target_accuracy   share taken for the target domain (a translation wants 1, a reconstruction 0)
   content_error     mean absolute error of the factors that must not change, each scaled to [0, 1]
   content_correlation  mean over those factors of their correlation with the true ones
   pair_error        with --pairs: root mean square difference to the true counterpart of the same name
+  latent_frechet, latent_kernel  distances of the moved latents to the target's training latents
+  displacement      root mean square way of a latent number, these three in units of the latents' spread
+  l2_to_source      mean Euclidean distance to the source image, in [0, 1]
+  fit_seconds, seconds  what fitting a baseline took; what moving and decoding all images took
 
 One JSON line a method goes to OUT/translation.jsonl, a sheet to OUT/translation.png.
 """
@@ -37,6 +42,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the results (default: ENERGY/eval, and -FROM-TO)")
     parser.add_argument("--judge", type=Path, help="folder that keeps the judge (default: OUT/judge)")
     parser.add_argument("--judge-steps", type=int, default=300, help="training steps of the judge, 64 images each")
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=("mean-shift", "gaussian", "lightsb"),
+        default=["mean-shift", "gaussian", "lightsb"],
+        help="simpler means (all)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
     return parser.parse_args(argv)
@@ -51,18 +63,22 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.energy.translate import open_translator
     from letit_dist.evaluation.attributes import load_or_train_judge, read_examples
     from letit_dist.evaluation.report import write_report
+    from letit_dist.evaluation.rivals import NAMES
     from letit_dist.evaluation.scoring import check_sizes, score_translations
 
     out = args.out or Path(args.energy) / "-".join(["eval", *filter(None, (args.source, args.to))])
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder")
     translator = open_translator(args.energy, args.autoencoder, to=args.to, source=args.source)
-    source, target, test = (ShardDataset([path]) for path in (*args.train, args.test))
-    pairs = ShardDataset([args.pairs]) if args.pairs else None
+    side = translator.autoencoder.config.resolution
+    source, target, test = (ShardDataset([path]).matching(side) for path in (*args.train, args.test))
+    pairs = ShardDataset([args.pairs]).matching(side) if args.pairs else None
     check_sizes(translator, train=source, test=test, pairs=pairs)
     examples = read_examples(source, target)
     judge = load_or_train_judge(examples, args.judge or out / "judge", steps=args.judge_steps, seed=args.seed)
-    result = score_translations(translator, judge, examples, test, pairs, batch=args.batch, seed=args.seed)
+    names = dict(zip(("mean-shift", "gaussian", "lightsb"), NAMES, strict=True))
+    options = {"batch": args.batch, "seed": args.seed, "baselines": [names[name] for name in args.baselines]}
+    result = score_translations(translator, judge, examples, test, pairs, **options)
     write_report(result, out)
     print(result.table())
     print(f"sheet: {out / 'translation.png'}")

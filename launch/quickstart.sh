@@ -40,7 +40,7 @@ python launch/translate.py "$run/shards/apple/test" --energy "$run/apple2orange"
 
 step "6/6 scoring against the true factors"
 python eval/translation.py "$run/apple2orange" --train "$run/shards/apple/train" "$run/shards/orange/train" \
-  --test "$run/shards/apple/test" --out "$run/eval"
+  --test "$run/shards/apple/test" --out "$run/eval" --baselines mean-shift gaussian
 
 echo
 echo "done in $((SECONDS - begun)) s"

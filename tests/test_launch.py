@@ -23,7 +23,14 @@ from letit_dist.evaluation.latents import measure_unit
 from letit_dist.pretrained import find_folder
 
 PROGRAMS = ["launch/pretrain.py", "launch/encode_latents.py", "launch/train_energy.py", "launch/translate.py"]
-PROGRAMS += ["eval/translation.py", "shards/pack.py", "shards/check.py"]
+PROGRAMS += [
+    "eval/fidelity.py",
+    "eval/reconstruction.py",
+    "eval/weights.py",
+    "eval/translation.py",
+    "shards/pack.py",
+    "shards/check.py",
+]
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +322,8 @@ def test_scores(chain, tmp_path):
     assert done.code == 0, done.err
     assert f"sheet: {tmp_path / 'out/translation.png'}" in done.out
     rows = [json.loads(line) for line in (tmp_path / "out/translation.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["real", "reconstruction", "mean shift", "translation"]
+    methods = ["real", "reconstruction", "mean shift", "Gaussian transport", "light bridge", "translation"]
+    assert [row["method"] for row in rows] == methods
     energy = load_energy(find_folder(chain.energy()))
     for row in rows:
         assert (row["samples"], row["seed"], row["source"], row["target"]) == (8, 0, "apple", "orange")
@@ -324,7 +332,8 @@ def test_scores(chain, tmp_path):
         assert {f"error_{name}" for name in ("x", "y", "size")} <= set(row)
     first = done.out.splitlines()[0]
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
-        *("method", "target_accuracy", "content_error", "content_correlation", "seconds", "samples")
+        *("method", "target_accuracy", "content_error", "content_correlation", "latent_frechet", "latent_kernel"),
+        *("displacement", "l2_to_source", "fit_seconds", "seconds", "samples"),
     ]
     judge = files(tmp_path / "out/judge")
     assert run(*command).code == 0 and files(tmp_path / "out/judge") == judge

@@ -1,19 +1,29 @@
-"""Results on disk: one JSON line a method, and the sheet that goes with them."""
+"""Results on disk: one JSON line a method or metric, and the sheet that goes with them."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from letit_dist.errors import UserError
 from letit_dist.evaluation.scoring import Scores
 from letit_dist.pictures import grid, save_picture
 
 
+def write_lines(rows: Sequence[dict], path: Path) -> None:
+    """One JSON line a row, written beside and renamed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.writing")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
 def write_report(scores: Scores, out: Path) -> None:
     """OUT/translation.jsonl and OUT/translation.png, each written beside and renamed."""
-    out.mkdir(parents=True, exist_ok=True)
-    beside = out / ".translation.jsonl.writing"
-    beside.write_text("".join(json.dumps(row) + "\n" for row in scores.rows), encoding="utf-8")
-    os.replace(beside, out / "translation.jsonl")
+    write_lines(scores.rows, out / "translation.jsonl")
     save_picture(grid(scores.images), out / "translation.png")

@@ -1,10 +1,11 @@
-"""Scores of translations beside plain reconstruction and the mean shift, on the same test images."""
+"""Scores of translations beside plain reconstruction and simpler ways of moving the same latents."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch import Tensor
 from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.transforms import to_images
-from letit_dist.energy.baselines import MeanShift
 from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.attributes import Examples, Judge, judge_images, read_factors, read_pixels
+from letit_dist.evaluation.image_distances import l2
+from letit_dist.evaluation.rivals import Move, Nearness, fit_rivals
 from letit_dist.evaluation.tables import markdown
 from letit_dist.pretrained import tensors_fingerprint
 
@@ -37,6 +39,11 @@ class Scores:
             "content_error",
             "content_correlation",
             "pair_error",
+            "latent_frechet",
+            "latent_kernel",
+            "displacement",
+            "l2_to_source",
+            "fit_seconds",
             "seconds",
             "samples",
         )
@@ -79,11 +86,14 @@ def score_translations(
     *,
     batch: int = 64,
     seed: int = 0,
+    baselines: Sequence[str] = ("mean shift",),
+    say: Callable[[str], object] = print,
 ) -> Scores:
-    """Score the real test images, their reconstructions, the mean shift and the translations.
+    """Score the real test images, their reconstructions, the baselines (see `fit_rivals`) and the translations.
 
-    The mean shift is fitted on the training images in `examples`. `seconds` is the time from the source's
-    latents to the decoded images of the method, for all samples.
+    Baselines are fitted on the training images in `examples`, in `fit_seconds`. `seconds` is the time from the
+    source's latents to the decoded images of the method, for all samples. `l2_to_source` is the mean Euclidean
+    distance to the source image, both in [0, 1]; see `Nearness` for the distances of latents.
     """
     check_sizes(translator, test=test, pairs=pairs)
     pixels = read_pixels(test)
@@ -92,26 +102,32 @@ def score_translations(
         raise UserError(f"--test has the factors {', '.join(names) or 'none'}, --train has {', '.join(judge.names)}")
     counterparts = _paired(test, pairs) if pairs is not None else None
     domains = [examples.pixels[examples.domain == d] for d in (0, 1)]
-    shift = MeanShift.fit(*(_encode(translator, part, batch) for part in domains))
+    source, target = (_encode(translator, part, batch) for part in domains)
+    rivals = fit_rivals(baselines, source, target, seed=seed, say=say)
     latents = _encode(translator, pixels, batch)
+    nearness = Nearness(latents, target, translator.energy.unit, say=say)
+    moved: dict[str, Tensor] = {}
 
-    def decoded(move: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        parts = []
+    def decoded(name: str, move: Move) -> Tensor:
+        ends, parts = [], []
         with Progress("scoring", len(latents)) as progress:
             for places in torch.arange(len(latents)).split(batch):
                 # The same for every method: what differs between two of them is what they did.
                 noise = translator.decoder_noise(seed, places)
-                parts.append(translator.decode(move(latents[places], places), noise=noise).clamp(-1, 1))
+                ends.append(move(latents[places], places))
+                parts.append(translator.decode(ends[-1], noise=noise).clamp(-1, 1))
                 progress.step(len(places))
+        moved[name] = torch.cat(ends)
         return torch.cat(parts)
 
+    moves: dict[str, Move] = {
+        "reconstruction": lambda z, _: z,
+        **{name: rival.move for name, rival in rivals.items()},
+        "translation": lambda z, places: translator.transport(z, noise=translator.noise(seed, places)).latents,
+    }
     methods: dict[str, Callable[[], Tensor]] = {
         "real": lambda: to_images(pixels),
-        "reconstruction": lambda: decoded(lambda z, _: z),
-        "mean shift": lambda: decoded(lambda z, _: shift.translate(z)),
-        "translation": lambda: decoded(
-            lambda z, places: translator.transport(z, noise=translator.noise(seed, places)).latents
-        ),
+        **{name: partial(decoded, name, move) for name, move in moves.items()},
     }
     rows, images = [], {}
     for name, method in methods.items():
@@ -121,6 +137,10 @@ def score_translations(
         row = {"method": name, **judge_images(judge, result, factors), "seconds": seconds}
         if counterparts is not None:
             row["pair_error"] = float((result - counterparts).square().mean().sqrt())
+        if name in moved:
+            row |= {**nearness.of(moved.pop(name)), "l2_to_source": _l2(result, pixels, batch)}
+        if name in rivals:
+            row["fit_seconds"] = rivals[name].fit_seconds
         row |= {
             "samples": len(result),
             "seed": seed,
@@ -136,6 +156,11 @@ def score_translations(
     if counterparts is not None:
         images["counterpart"] = counterparts[_spread(len(counterparts))]
     return Scores(rows, images)
+
+
+def _l2(images: Tensor, pixels: Tensor, batch: int) -> float:
+    parts = zip(images.split(batch), to_images(pixels).split(batch), strict=True)
+    return float(torch.cat([l2(a, b) / 2 for a, b in parts]).mean())  # [-1, 1] is twice as wide
 
 
 def _spread(count: int) -> Tensor:

@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""FID, KID, precision and recall, and the Inception score of images A against real images B.
+
+    python eval/fidelity.py translated/ data/orange/test --out results
+    python eval/fidelity.py run:runs/apple2orange data/orange/test --source data/apple/test --out results
+    python eval/fidelity.py run:runs/cat2dog data/dog/test --source data/cat/test --protocol cut --out results
+    accelerate launch --config_file launch/accelerate/gpu8.yaml eval/fidelity.py A B --out results
+
+A and B are folders of images or shard folders. A may be run:RUN, an energy that translates --source on the fly; B may
+be stored:DIR, what --reference DIR wrote. Any number of processes gives the same bits. One JSON line a metric goes to
+OUT/fidelity.jsonl; after an interruption the same command continues. FID and KID are also given for equally many
+images a side. The network's weights come from files: python eval/weights.py list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from letit_dist.errors import UserError, reports_errors
+
+PROTOCOLS = Path(__file__).resolve().parent.parent / "configs" / "eval"
+# What a protocol decides, and its options.
+DECIDED = {"extractor": "compat", "metrics": ["fid", "kid", "prc", "isc"], "outputs": 1, "resize": None}
+DECIDED |= {"layer": "2048", "kid_subsets": 100, "kid_subset_size": 1000}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("a", metavar="A", help="what is judged: a folder, shards, or run:RUN")
+    add("b", metavar="B", help="real images: a folder, shards, or stored:DIR")
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--protocol", metavar="NAME", help="a file of configs/eval: stargan2, cut, letit-kid, egsde, unsb, clean")
+    add("--metrics", nargs="+", choices=("fid", "kid", "prc", "isc"), help="(all)")
+    add("--extractor", choices=("compat", "clean", "pytorch-fid", "torchvision"), help="network and resize (compat)")
+    add("--layer", choices=("64", "192", "768", "2048"), help="whose features are compared (2048)")
+    add("--resize", type=int, metavar="SIDE", help="bring all images to this side first (bilinear, antialiased)")
+    add("--kid-subsets", type=int, metavar="N", help="(100)")
+    add("--kid-subset-size", type=int, metavar="N", help="(1000)")
+    add("--equal-n", type=int, metavar="N", help="images a side of the *_equal_n metrics (the smaller side's)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="of the draws of equal counts")
+    add("--reference", type=Path, metavar="DIR", help="keep B's features here, and use them again if they match")
+    add("--weights", metavar="DIR", help="weight files ($LETIT_WEIGHTS, or ~/.cache/letit_dist/weights)")
+    add("--random-weights", action="store_true", help="no weight files: numbers that mean nothing, to try it out")
+    add("--source", type=Path, metavar="IMAGES", help="what run:RUN translates")
+    add("--autoencoder", help="of run:RUN (default: the one that it names)")
+    add("--to", metavar="DOMAIN", help="of run:RUN, for an energy between several domains")
+    add("--from", dest="origin", metavar="DOMAIN", help="likewise")
+    add("--outputs", type=int, metavar="K", help="translations of each source image, with other noise each (1)")
+    add("--noise-seed", type=int, default=0, metavar="S", help="of the chain and the decoder (0)")
+    add("--batch", type=int, default=16, help="images that are translated at once (16)")
+    return parser.parse_args(argv)
+
+
+def settle(args: argparse.Namespace):
+    """Fill in what was not given: from the protocol, which then allows nothing else, or the defaults."""
+    protocol = None
+    chosen = dict(DECIDED)
+    if args.protocol:
+        from letit_dist.evaluation.protocols import load_protocol
+
+        protocol = load_protocol(args.protocol, PROTOCOLS)
+        chosen |= {"extractor": protocol.extractor, "metrics": list(protocol.metrics), "outputs": protocol.outputs}
+        chosen |= {"resize": protocol.resize, "kid_subsets": protocol.kid.subsets}
+        chosen |= {"kid_subset_size": protocol.kid.subset_size}
+    for name, value in chosen.items():
+        given = getattr(args, name)
+        if protocol and given not in (None, value):
+            raise UserError(f"--{name.replace('_', '-')} {given}: protocol {args.protocol} has {value}; leave one out")
+        setattr(args, name, value if given is None else given)
+    return protocol
+
+
+def processes() -> tuple[int, int, str, Callable[[object], list]]:
+    """(rank, world, device, gather) of this launch."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        import torch
+
+        return 0, 1, "cuda" if torch.cuda.is_available() else "cpu", lambda mine: [mine]
+    from accelerate.utils import gather_object
+
+    from letit_dist.training.setup import create_accelerator
+
+    accelerator = create_accelerator(several_phases=False)
+    place = accelerator.process_index, accelerator.num_processes, str(accelerator.device)
+    return *place, lambda mine: gather_object([mine])
+
+
+def open_sides(args: argparse.Namespace, faithful: bool, device: str):
+    """(A, B or the folder of its stored features)."""
+    from letit_dist.evaluation.image_distances import faithfulness
+    from letit_dist.evaluation.image_sets import TranslatedImages, open_image_set
+
+    b = Path(args.b.removeprefix("stored:")) if args.b.startswith("stored:") else open_image_set(args.b, args.resize)
+    if not args.a.startswith("run:"):
+        if args.source or args.outputs != 1 or args.to or args.origin or args.autoencoder:
+            raise UserError("--source, --outputs, --to, --from and --autoencoder need A to be run:RUN")
+        if faithful:
+            raise UserError(f"protocol {args.protocol} compares with the source: A must be run:RUN")
+        return open_image_set(args.a, args.resize), b
+    if args.source is None:
+        raise UserError(f"{args.a}: name the images that it translates with --source")
+    from letit_dist.energy.translate import open_translator
+
+    run = args.a.removeprefix("run:")
+    translator = open_translator(run, args.autoencoder, to=args.to, source=args.origin).to(device)
+    options = {"outputs": args.outputs, "seed": args.noise_seed, "batch": args.batch, "side": args.resize}
+    beside = faithfulness if faithful else None
+    return TranslatedImages(translator, open_image_set(args.source), **options, beside=beside), b
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file, expected a folder")
+    protocol = settle(args)
+    from letit_dist.evaluation import features as of
+    from letit_dist.evaluation.extractors import open_extractor
+    from letit_dist.evaluation.fidelity import FidelityOptions, measure
+    from letit_dist.evaluation.report import write_lines
+    from letit_dist.evaluation.weights import weights_folder
+
+    rank, world, device, gather = processes()
+    a, b = open_sides(args, protocol is not None and protocol.faithfulness, device)
+    stored = of.read_stored(b) if isinstance(b, Path) else None
+    if stored and args.reference:
+        raise UserError("--reference has no effect with B stored: leave it out")
+    counts = len(a), len(stored or b)
+    given = {name: getattr(args, name) for name in ("kid_subsets", "kid_subset_size", "equal_n")}
+    options = FidelityOptions(metrics=tuple(args.metrics), seeds=tuple(args.seeds), **given)
+    options.check(*counts)
+    if protocol:
+        splits = a.split, None if stored else b.split
+        protocol.check(sources=counts[0] // args.outputs, outputs=args.outputs, reference=counts[1], splits=splits)
+    choice = {"layer": args.layer, "logits": "isc" in args.metrics, "random_weights": args.random_weights}
+    extractor = open_extractor(args.extractor, folder=weights_folder(args.weights), **choice).to(device)
+    if stored:
+        of.check_alike(of.stamp_of(a, extractor), stored.stamp)
+    elif args.reference:
+        stored = of.reuse(args.reference, of.stamp_of(b, extractor))
+    notices = [
+        (a.stamp == (stored.stamp["data"] if stored else b.stamp), "both sides hold the same images"),
+        (args.random_weights, "--random-weights: these numbers are valid for nothing"),
+        (stored and args.reference, f"the features of B are those of {args.reference}"),
+    ]
+    for true, notice in notices if rank == 0 else ():
+        if true:
+            print(f"notice: {notice}", file=sys.stderr)
+
+    begun, kept = time.perf_counter(), []
+
+    def features(images):
+        beside = getattr(images, "beside", None) is not None
+        kept.append(of.working_folder(args.out, of.stamp_of(images, extractor), choice["logits"], beside))
+        return of.gather_features(images, extractor, gather, rank=rank, world=world, keep=kept[-1])
+
+    made, real = features(a), stored or features(b)
+    if rank > 0:
+        return 0
+    if args.reference and not stored:
+        of.store(real, args.reference)
+    extra = {"sides": [args.a, args.b], "seconds_of_features": round(time.perf_counter() - begun, 1)}
+    rows = []
+    for row in measure(made, real, options, snapshot=a.snapshot, extra=extra):
+        rows.append(protocol.annotate(row) if protocol else row)
+        print(json.dumps(rows[-1]), flush=True)
+    write_lines(rows, args.out / "fidelity.jsonl")
+    of.forget(kept)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

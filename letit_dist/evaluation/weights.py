@@ -1,0 +1,166 @@
+"""The weight files that metrics need: what they are called, where to fetch them, and whether one is the right one.
+
+Nothing is downloaded. A name that carries the first digits of the file's SHA-256, as torch.hub's do, says which file
+is meant; what the folder holds under that name is hashed before it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from letit_dist.data.index import hash_file
+from letit_dist.errors import UserError
+
+ENVIRONMENT = "LETIT_WEIGHTS"
+_TORCHVISION = "https://download.pytorch.org/models"
+_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+_LPIPS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
+
+State = Literal["good", "missing", "another", "unchecked"]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file. `sha256` holds its first hex digits; "" where nobody publishes them."""
+
+    key: str
+    address: str
+    sha256: str
+    purpose: str
+
+    @property
+    def name(self) -> str:
+        return self.address.rpartition("/")[2]
+
+
+def _named(key: str, address: str, purpose: str) -> WeightFile:
+    """A file whose name ends in the first digits of its hash."""
+    return WeightFile(key, address, re.search(r"-([0-9a-f]{8,})\.\w+$", address).group(1), purpose)
+
+
+FILES = {
+    file.key: file
+    for file in (
+        _named("inception", f"{_FIDELITY}/weights-inception-2015-12-05-6726825d.pth", "FID, KID, precision, IS"),
+        _named("inception-torchvision", f"{_TORCHVISION}/inception_v3_google-0cc3c7bd.pth", "FID as StarGAN v2 has it"),
+        _named("lpips-alex", f"{_TORCHVISION}/alexnet-owt-7be5be79.pth", "LPIPS: backbone"),
+        _named("lpips-vgg", f"{_TORCHVISION}/vgg16-397923af.pth", "LPIPS: backbone"),
+        _named("lpips-squeeze", f"{_TORCHVISION}/squeezenet1_1-b8a52dc0.pth", "LPIPS: backbone"),
+        # The package lpips brings these with it; the digits are those of its version 0.1.4.
+        WeightFile("lpips-alex-head", f"{_LPIPS}/alex.pth", "df73285e35b22355", "LPIPS: linear head"),
+        WeightFile("lpips-vgg-head", f"{_LPIPS}/vgg.pth", "a78928a0af1e5f0f", "LPIPS: linear head"),
+        WeightFile("lpips-squeeze-head", f"{_LPIPS}/squeeze.pth", "4a5350f23600cb79", "LPIPS: linear head"),
+    )
+}
+
+
+def weights_folder(given: str | Path | None = None) -> Path:
+    """Where the files lie: what was given, or $LETIT_WEIGHTS, or ~/.cache/letit_dist/weights."""
+    chosen = given or os.environ.get(ENVIRONMENT) or "~/.cache/letit_dist/weights"
+    return Path(chosen).expanduser()
+
+
+def place_of(file: WeightFile, folder: Path) -> Path:
+    """Where this file is looked for; the heads of LPIPS lie in the package."""
+    if not file.key.endswith("-head") or (folder / file.name).is_file():
+        return folder / file.name
+    from importlib.util import find_spec
+
+    package = find_spec("lpips")
+    return (Path(package.origin).parent / "weights" / "v0.1" if package else folder) / file.name
+
+
+def state_of(file: WeightFile, folder: Path) -> tuple[State, str]:
+    """The state of a file, and its SHA-256 if it is there."""
+    path = place_of(file, folder)
+    if not path.is_file():
+        return "missing", ""
+    found = hash_file(path)
+    if not file.sha256:
+        return "unchecked", found
+    return ("good" if found.startswith(file.sha256) else "another"), found
+
+
+def missing_line(key: str, folder: Path) -> str:
+    """What to do about a file that is not there."""
+    file = FILES[key]
+    return (
+        f"{file.name} is needed ({file.purpose}) and is not in {folder}: fetch {file.address} and put it there, or "
+        "name its folder with --weights; nothing is downloaded"
+    )
+
+
+def find_weights(key: str, folder: Path) -> tuple[Path, str]:
+    """Path and SHA-256 of a file; UserError that says where to fetch it and where to put it, or what is wrong."""
+    file = FILES[key]
+    state, found = state_of(file, folder)
+    path = place_of(file, folder)
+    if state == "missing":
+        raise UserError(missing_line(key, folder))
+    if state == "another":
+        raise UserError(
+            f"{path}: its sha256 begins {found[: len(file.sha256)]}, that of {file.name} begins {file.sha256}: cut "
+            f"short, or another file; fetch {file.address} again"
+        )
+    return path, found
+
+
+def import_weights(paths: Sequence[Path], folder: Path) -> list[str]:
+    """Copy files that are recognised by their hash, whatever they are called, into `folder`; one line for each.
+
+    Raises UserError, before anything is copied, for those that are none of ours.
+    """
+    wanted, problems = [], []
+    for path in paths:
+        if not path.is_file():
+            problems.append(f"no such file: {path}")
+            continue
+        digest = hash_file(path)
+        match = [file for file in FILES.values() if file.sha256 and digest.startswith(file.sha256)]
+        if match:
+            wanted.append((path, match[0]))
+            continue
+        named = [file for file in FILES.values() if file.name == path.name and file.sha256]
+        expected = f", {path.name} begins {named[0].sha256}" if named else ""
+        problems.append(
+            f"{path}: sha256 {digest[:16]}... is none of the known files{expected}; see eval/weights.py list"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for path, file in wanted:
+        beside = folder / f".{file.name}.part"
+        shutil.copyfile(path, beside)
+        os.replace(beside, folder / file.name)
+        lines.append(f"{file.key}: {path} -> {folder / file.name}")
+    return lines
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file. A pickle runs no code here, and what is cut short is a UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        if isinstance(error, MemoryError):
+            raise
+        kind = "holds more than tensors" if isinstance(error, pickle.UnpicklingError) else "is damaged"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} {kind}, or is no weights file: {reason}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{path}: expected a state dict, found a {type(found).__name__} of other things")
+    return dict(found)
