@@ -240,6 +240,8 @@ class MLPEnergy(EnergyModel):
                 gradient = bend(gradient, before) @ weight
             if self.unit != 1:
                 gradient = gradient / self.unit
+            if gradient.shape == latents.shape and gradient.dtype == latents.dtype:
+                return gradient
             return gradient.expand(len(latents), -1).reshape(latents.shape).to(latents.dtype)
 
         return run
@@ -251,10 +253,12 @@ def _through_leaky_relu(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def _through_gelu(gradient: Tensor, x: Tensor) -> Tensor:
-    # d/dx x Phi(x) = Phi(x) + x phi(x). torch's own kernel takes three times as long on maps as narrow as these.
-    below = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
-    density = torch.exp((x * x).mul_(-0.5))
-    return below.addcmul_(x, density, value=1 / math.sqrt(2 * math.pi)).mul_(gradient)
+    # d/dx x Phi(x) = Phi(x) + x phi(x), as (1 + erf(u) + 2 u exp(-u^2) / sqrt(pi)) / 2 for u = x / sqrt(2), which is
+    # the fewest operations. torch's own kernel takes three times as long on maps as narrow as these.
+    u = x * math.sqrt(0.5)
+    inner = torch.erf(u).addcmul_(u, torch.exp_((u * u).neg_()), value=2 / math.sqrt(math.pi))
+    half = gradient * 0.5
+    return torch.addcmul(half, half, inner)
 
 
 class ConvEnergyConfig(EnergyConfig):

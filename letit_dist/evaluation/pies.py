@@ -90,7 +90,7 @@ def run_pies(config: PiesConfig) -> PiesResult:
     with torch.no_grad():
         starts, goals = autoencoder.encode(source), autoencoder.encode(target)
     sampler = LangevinSampler(LangevinConfig(steps=config.steps, step_size=config.step_size))
-    optimizer = torch.optim.SGD(energy.parameters(), lr=config.energy_rate)
+    optimizer = torch.optim.SGD(energy.parameters(), lr=config.energy_rate, fused=True)
     result = PiesResult(source, target, autoencoder.encoder.weight.detach()[:, 1].abs())
 
     def look(epoch: int) -> None:
@@ -116,7 +116,7 @@ def run_pies(config: PiesConfig) -> PiesResult:
 
 
 def _fit(autoencoder: LinearAutoencoder, points: Tensor, config: PiesConfig, draws: torch.Generator) -> None:
-    optimizer = torch.optim.SGD(autoencoder.parameters(), lr=config.autoencoder_rate)
+    optimizer = torch.optim.SGD(autoencoder.parameters(), lr=config.autoencoder_rate, fused=True)
     for _ in range(config.autoencoder_epochs):
         for rows in torch.randperm(len(points), generator=draws).split(config.batch):
             loss = F.mse_loss(autoencoder.decode(autoencoder.encode(points[rows])), points[rows])
