@@ -206,6 +206,24 @@ def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, stage):
         assert_close(checkpoint(tmp_path / "ds", name), tensors, rtol=0, atol=0)
 
 
+@pytest.mark.full
+def test_deepspeeds_own_launcher_starts_the_same_run(tmp_path, fruit_shards):
+    pytest.importorskip("deepspeed")
+    options = (fruit_shards, "fp32", "4,2,2,1")
+    started(launch_tiny_alae(tmp_path / "accelerate", *options, "launch/accelerate/deepspeed_cpu2.yaml"))
+    asked = {"USE_DEEPSPEED": "true", "DEEPSPEED_CONFIG_FILE": "launch/deepspeed/zero1.json"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env |= {f"ACCELERATE_{name}": value for name, value in asked.items()}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    command = [*start, "--no_local_rank", "tests/tiny_run.py", str(tmp_path / "own"), *map(str, options)]
+    started(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400))
+    for name in ("model", "average"):
+        assert_close(checkpoint(tmp_path / "own", name), checkpoint(tmp_path / "accelerate", name), rtol=0, atol=0)
+
+
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path, fruit_shards):
     process = launch(tmp_path / "run", fruit_shards, "training.batch=7", yaml="launch/accelerate/cpu2.yaml")
     assert process.returncode != 0
