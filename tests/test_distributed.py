@@ -176,7 +176,7 @@ def test_two_ranks_equal_one_over_the_phases_and_levels_of_alae(tmp_path, fruit_
     assert model["autoencoder.w_mean"].std() > 0 and model["autoencoder.w_mean"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, stage):
     """Two ranks, growing and accumulating; then continued from mid-growth, equal to itself."""
     pytest.importorskip("deepspeed")
