@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(PretrainConfig, args.config, args.overrides)
 
     from letit_dist.autoencoders.base import build_autoencoder
+    from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
     from letit_dist.training.feeds import ImageFeed
     from letit_dist.training.plan import plan_batches, timetable
@@ -63,11 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("\n".join(problems))
     levels = config.recipe.levels(config.autoencoder)
     plans = plan_batches(config.training, args.ranks or launched_ranks(), len(levels))
+
+    def build() -> Recipe:
+        return recipe_class(
+            config.recipe,
+            build_autoencoder(config.autoencoder),
+            seed=config.training.seed,
+            precision=config.training.precision,
+        )
+
     if args.check:
         from letit_dist.training.estimate import data_lines, footprint, report
 
         lines = timetable(levels, plans, config.training.images) + data_lines(config, plans[0].ranks)
-        found = footprint(config, levels, plans, shards_optimizer=args.zero)
+        found = footprint(build, config, levels, plans, shards_optimizer=args.zero)
         lines += report(found, config, levels, args.run)
         print(to_yaml(config), end="")
         print("\n".join(f"# {line}" for line in lines))
@@ -81,12 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{expected[0]}: pack them again with shards/pack.py --resolution {expected[0]}"
         )
     seed_weights(config.training.seed)
-    recipe = recipe_class(
-        config.recipe,
-        build_autoencoder(config.autoencoder),
-        seed=config.training.seed,
-        precision=config.training.precision,
-    )
+    recipe = build()
     accelerator = create_accelerator(several_phases=len(recipe.phases) > 1, timeout=config.training.timeout)
     main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(

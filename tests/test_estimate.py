@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import tiny_alae_trainer, tiny_trainer
 
+from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.config import PretrainConfig, load_config
 from letit_dist.memory import GIB, peak_bytes
 from letit_dist.recipes.base import Batch
+from letit_dist.registry import RECIPES
 from letit_dist.training.checkpoint import verify
 from letit_dist.training.estimate import data_lines, footprint, report
 from letit_dist.training.plan import plan_batches
@@ -24,9 +26,17 @@ def config():
     return load_config(PretrainConfig, "configs/debug/vqvae2.yaml", TINY)
 
 
+def measured(config, levels, plans, **options):
+    def build():
+        network = build_autoencoder(config.autoencoder)
+        return RECIPES.get(config.recipe.kind)(config.recipe, network, seed=0, precision="fp32")
+
+    return footprint(build, config, levels, plans, **options)
+
+
 def test_a_pass_takes_what_it_takes_with_real_tensors(fruit_shards, fresh_accelerate, tmp_path, config):
     plans = plan_batches(config.training, 2)
-    found = footprint(config, config.recipe.levels(config.autoencoder), plans)
+    found = measured(config, config.recipe.levels(config.autoencoder), plans)
     recipe = tiny_trainer(tmp_path, fruit_shards).recipe
     recipe.to(memory_format=torch.contiguous_format)
     assert found.parameters == sum(p.numel() for p in recipe.parameters())
@@ -44,11 +54,11 @@ def test_a_pass_takes_what_it_takes_with_real_tensors(fruit_shards, fresh_accele
 
 def test_zero_shards_the_optimiser_and_a_larger_microbatch_takes_more(config):
     levels = config.recipe.levels(config.autoencoder)
-    whole = footprint(config, levels, plan_batches(config.training, 4))
-    shared = footprint(config, levels, plan_batches(config.training, 4), shards_optimizer=True)
+    whole = measured(config, levels, plan_batches(config.training, 4))
+    shared = measured(config, levels, plan_batches(config.training, 4), shards_optimizer=True)
     assert shared.optimizer == -(-whole.optimizer // 4) and shared.checkpoint == whole.checkpoint
     training = config.training.model_copy(update={"microbatch": 8})
-    larger = footprint(config, levels, plan_batches(training, 1))
+    larger = measured(config, levels, plan_batches(training, 1))
     assert 3 * whole.passes[0] < larger.passes[0] < 5 * whole.passes[0]
     assert larger.rank(0) == larger.weights + larger.average + larger.optimizer + larger.passes[0]
 
@@ -62,7 +72,7 @@ def test_every_level_of_alae(fruit_shards, fresh_accelerate, tmp_path):
         training=trainer.training,
         intervals=trainer.intervals,
     )
-    found = footprint(config, recipe.levels, trainer.plans)
+    found = measured(config, recipe.levels, trainer.plans)
     # 8, 8, 4, 4 images at 4, 8, 16, 32 pixels.
     assert len(found.passes) == 4 and found.passes[2] < found.passes[3] and found.passes[0] < found.passes[1]
     lines = report(found, config, recipe.levels, tmp_path / "not/yet/there")
@@ -76,14 +86,14 @@ def test_the_size_of_a_checkpoint(fruit_shards, fresh_accelerate, tmp_path, conf
     folder = trainer.store.latest().folder
     written = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     plans = plan_batches(config.training, 1)
-    found = footprint(config, config.recipe.levels(config.autoencoder), plans)
+    found = measured(config, config.recipe.levels(config.autoencoder), plans)
     # Headers and names are most of so small a file.
     assert verify(folder) is None and found.checkpoint < written < found.checkpoint + 60_000
 
 
 def test_a_full_disk_and_data_that_are_not_there(fruit_shards, tmp_path, config, monkeypatch):
     levels = config.recipe.levels(config.autoencoder)
-    found = footprint(config, levels, plan_batches(config.training, 1))
+    found = measured(config, levels, plan_batches(config.training, 1))
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("letit_dist.training.estimate.shutil.disk_usage", lambda path: usage)
     assert report(found, config, levels, tmp_path)[-1].endswith("(NOT ENOUGH)")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.config import PretrainConfig
 from letit_dist.data.foreign import is_foreign
 from letit_dist.data.reader import ShardDataset
 from letit_dist.memory import GIB, peak_bytes
 from letit_dist.recipes.base import Batch, Level, Recipe
-from letit_dist.registry import RECIPES
 from letit_dist.training.plan import BatchPlan
 
 
@@ -37,21 +35,21 @@ class Footprint:
 
 
 def footprint(
-    config: PretrainConfig, levels: Sequence[Level], plans: Sequence[BatchPlan], *, shards_optimizer: bool = False
+    build: Callable[[], Recipe],
+    config: PretrainConfig,
+    levels: Sequence[Level],
+    plans: Sequence[BatchPlan],
+    *,
+    shards_optimizer: bool = False,
 ) -> Footprint:
-    """Run every phase of every level once on tensors that have shapes and no memory.
+    """Run every phase of every level once on tensors that have shapes and no memory, with the recipe of `build()`.
 
     What a convolution borrows inside is not seen, nor what an allocator keeps: on a GPU expect a fifth more.
     `shards_optimizer` is ZeRO's: each rank holds its share of the optimiser's state.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        recipe = RECIPES.get(config.recipe.kind)(
-            config.recipe,
-            build_autoencoder(config.autoencoder),
-            seed=config.training.seed,
-            precision="bf16" if config.training.precision == "bf16" else "fp32",
-        )
+        recipe = build()
     recipe.eval()  # codebook statistics read numbers, and there are none
     wide = 8 if config.training.precision == "fp64" else 4
     parameters = sum(parameter.numel() for parameter in recipe.parameters())
