@@ -89,9 +89,10 @@ def pies(args: argparse.Namespace) -> None:
     for name in ("points", "epochs", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-    from letit_dist.evaluation.figures import pies_figure, save_figure
+    from letit_dist.evaluation.figures import need_matplotlib, pies_figure, save_figure
     from letit_dist.evaluation.pies import PiesConfig, run_pies
 
+    need_matplotlib()
     begun = time.perf_counter()
     watch = tuple(epoch for epoch in (0, 5, 50) if epoch <= args.epochs)
     config = PiesConfig(points=args.points, epochs=args.epochs, steps=args.steps, watch=watch, seed=args.seed)

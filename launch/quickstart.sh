@@ -12,7 +12,7 @@ run="${1:-runs/quickstart}"
 case "$run" in /*) ;; *) run="$PWD/$run" ;; esac
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-prepare_environment
+prepare_environment figures
 
 begun=$SECONDS
 step() { echo; echo "== $1 ($((SECONDS - begun)) s)"; }

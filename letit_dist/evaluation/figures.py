@@ -25,7 +25,7 @@ _SHOWN = 1500  # points a cloud; more are a blot
 def need_matplotlib() -> None:
     """Raise UserError where it is not installed: before the work whose figure could not be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("figures need matplotlib: pip install 'letit_dist[eval]'")
+        raise UserError("figures need matplotlib: pip install matplotlib")
 
 
 def new_figure(width: float, height: float) -> Figure:

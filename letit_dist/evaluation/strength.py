@@ -152,7 +152,8 @@ def write_strength(
     for row in dial.strengths:
         share = f"{row['target_share']:.0%} taken for the target"
         yield f"strength {row['strength']:g}: moved {row['moved']:.3g} units, {share}"
-    yield f"{sum(dial.arrived)} of {len(pixels)} arrive, after {sum(dial.steps) / len(pixels):.1f} of {chain} steps"
+    arrived = f"{sum(dial.arrived)} of {len(pixels)} arrive, after {sum(dial.steps) / len(pixels):.1f} of {chain} steps"
+    yield f"{arrived} (in the classifier's eyes, which see latents; one that goes on may leave again)"
     if dial.cycle:
         cycle = dial.cycle
         yield (
