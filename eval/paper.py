@@ -86,30 +86,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def pies(args: argparse.Namespace) -> None:
     """Figure 3."""
-    for name in ("points", "epochs", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
+    for name, least in (("points", 2), ("epochs", 1), ("steps", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}")
     from letit_dist.evaluation.figures import need_matplotlib, pies_figure, save_figure
     from letit_dist.evaluation.pies import PiesConfig, run_pies
+    from letit_dist.evaluation.report import write_lines
 
     need_matplotlib()
-    begun = time.perf_counter()
     watch = tuple(epoch for epoch in (0, 5, 50) if epoch <= args.epochs)
     config = PiesConfig(points=args.points, epochs=args.epochs, steps=args.steps, watch=watch, seed=args.seed)
-    result = run_pies(config)
-    save_figure(pies_figure(result, config), args.out / "pies.png")
-    record = {
-        "inside": result.inside(args.epochs),
-        "content_correlation": result.content_correlation(args.epochs),
-        "style_correlation": result.style_correlation(args.epochs),
-        "still_dimensions": result.still_dimensions(args.epochs),
-        "mean_shift": [round(value, 4) for value in result.shift[args.epochs].mean(0).tolist()],
-        "seed": args.seed,
-        "seconds": round(time.perf_counter() - begun, 1),
-    }
-    (args.out / "pies.json").write_text(json.dumps(record) + "\n")
-    print(json.dumps(record))
-    print(f"figure: {args.out / 'pies.png'}")
+
+    def work() -> Iterator[str]:
+        begun = time.perf_counter()
+        result = run_pies(config)
+        save_figure(pies_figure(result, config), args.out / "pies.png")
+        record = {
+            "inside": result.inside(args.epochs),
+            "content_correlation": result.content_correlation(args.epochs),
+            "style_correlation": result.style_correlation(args.epochs),
+            "still_dimensions": result.still_dimensions(args.epochs),
+            "mean_shift": [round(value, 4) for value in result.shift[args.epochs].mean(0).tolist()],
+            "seed": args.seed,
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+        write_lines([record], args.out / "pies.json")
+        yield json.dumps(record)
+        yield f"figure: {args.out / 'pies.png'}"
+
+    tell(work(), args.out)
 
 
 def shift(args: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     states = {file: state_of(file, folder) for file in FILES.values()}
     rows = [
-        {"key": file.key, "state": state, "expected": file.sha256[:16] or None, "sha256": found[:16] or None}
+        {"key": file.key, "state": state, "expected": file.sha256[:16], "sha256": found[:16] or None}
         for file, (state, found) in states.items()
     ]
     print(f"folder: {folder}\n{markdown(rows)}")

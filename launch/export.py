@@ -19,7 +19,7 @@ which is turned here. Its checkpoints do not say which chain they were trained w
 from __future__ import annotations
 
 import argparse
-import os
+import io
 import sys
 from pathlib import Path
 
@@ -97,8 +97,9 @@ def read(args: argparse.Namespace) -> None:
     else:
         from letit_dist.autoencoders.base import build_autoencoder
         from letit_dist.autoencoders.identity import IdentityConfig
+        from letit_dist.config import parse_config
 
-        model = build_autoencoder(IdentityConfig(**options))
+        model = build_autoencoder(parse_config(IdentityConfig, {"kind": "identity", **options}))
     model.save_pretrained(args.out, **({} if args.path is None else {"published": args.path.name}))
     print(f"{args.out}: autoencoder {model.fingerprint()}, latents {model.latent_shape}")
 
@@ -136,6 +137,7 @@ def write(args: argparse.Namespace) -> None:
 
     from letit_dist.autoencoders.base import load_autoencoder
     from letit_dist.energy.models import load_energy
+    from letit_dist.files import write_atomically
     from letit_dist.interchange.alae import export_alae
     from letit_dist.interchange.beta_vae import export_beta_vae
     from letit_dist.interchange.energy import export_energy
@@ -148,10 +150,12 @@ def write(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} holds an autoencoder of kind {model.config.kind}, not {args.write}")
     exporters = {"alae": export_alae, "vqvae2": export_vqvae2, "beta_vae": export_beta_vae, "energy": export_energy}
     published = exporters[args.write](model)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    beside = args.out.with_name(f".{args.out.name}.writing")
-    torch.save(published, beside)
-    os.replace(beside, args.out)
+    packed = io.BytesIO()
+    torch.save(published, packed)
+    try:
+        write_atomically(args.out, packed.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {args.out}: {error.strerror or error}") from None
     print(f"{args.out}: {args.write} in its published form")
 
 

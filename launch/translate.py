@@ -62,7 +62,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _strength(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a fraction from 0 to 1, or auto") from None
 
 
 @reports_errors

@@ -373,12 +373,12 @@ def load_config(schema: type[C], path: str | Path, overrides: Sequence[str] = ()
     return parse_config(schema, tree, origins)
 
 
-def parse_config(schema: type[C], tree: Tree, origins: Origins | None = None) -> C:
-    """Validate a tree that is already in memory (a saved config.json, say)."""
+def parse_config(schema: type[C], tree: Tree, origins: Origins | None = None, *, where: str = "") -> C:
+    """Validate a tree that is already in memory (a saved config.json, say); `where` opens each line of an error."""
     problems: list[str] = []
     config = _validate(schema, tree, origins or {}, problems)
     if problems or config is None:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(f"{where}: {line}" if where else line for line in problems))
     return config
 
 
@@ -387,10 +387,7 @@ def parse_kind(registry: Registry, tree: Tree, where: str) -> Any:
     kind = tree.get("kind")
     if kind is None:
         raise UserError(f"{where}: no `kind`, so this is not the config of a letit_dist {registry.noun}")
-    try:
-        return parse_config(registry.get(kind).config_class, tree)
-    except UserError as error:
-        raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+    return parse_config(registry.get(kind).config_class, tree, where=where)
 
 
 def as_tree(config: StrictConfig) -> Tree:

@@ -89,7 +89,9 @@ def test_no_picture_depends_on_its_neighbours(translate, stage2):
     translator = open_translator(stage2.root / "energy")
     dataset = ShardDataset([stage2.apples])
     images = to_images(torch.stack([dataset.pixels(place) for place in range(8)]))
-    expected = to_pixels(translator.translate(images, decoder_noise=translator.decoder_noise(0, range(8))).images)
+    expected = to_pixels(
+        translator.translate(images, decoder_noise=translator.autoencoder.decoder_noise(0, range(8))).images
+    )
     assert close(dict(zip(whole, expected, strict=True)), whole)
     assert not close(dict(zip(whole, to_pixels(translator.translate(images).images), strict=True)), whole)
 

@@ -10,11 +10,12 @@ from PIL import Image
 from test_pack import noise, packed, program, save
 
 from letit_dist.data.checking import check, compare, table
-from letit_dist.data.index import Index, hash_file
+from letit_dist.data.index import Index
 from letit_dist.data.similarity import Pictures, bit_counts, difference_hash, near_pairs, pixel_digest, shared
 from letit_dist.data.sources import Request
 from letit_dist.data.transforms import decode, encode
 from letit_dist.data.writer import ShardWriter
+from letit_dist.files import hash_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -108,7 +109,7 @@ def test_leaks_are_found_and_named(splits, capsys):
         f"leak: {splits[0]} (train) and {splits[1]} (test): 1 of 6 images of the second are equal: t03 = equal"
     ]
     assert [line for line in out if line.startswith("look: ")] == [
-        f"look: {splits[0]} (train) and {splits[1]} (test): 1 of 6 images of the second are similar: t05 = stored-anew"
+        f"look: {splits[0]} (train) and {splits[1]} (test): 1 of 6 images of the second are similar: t05 ~ stored-anew"
     ]
     rows = [line.split() for line in out]
     assert ["x", "train", "12", f"{sum(s.bytes for s in Index.read(splits[0]).shards) / 1e6:.1f}"] in rows

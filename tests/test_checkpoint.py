@@ -302,8 +302,8 @@ def test_a_program_that_ends_finishes_its_checkpoint(tmp_path):
 import torch, time
 from pathlib import Path
 from letit_dist.training import checkpoint
-hashed = checkpoint._hash
-checkpoint._hash = lambda path: (time.sleep(0.3), hashed(path))[1]
+hashed = checkpoint.hash_file
+checkpoint.hash_file = lambda path: (time.sleep(0.3), hashed(path))[1]
 store = checkpoint.CheckpointStore(Path({str(tmp_path)!r}), 2)
 store.save(8, {{"model": {{"a": torch.ones(3)}}}}, {{}}, background=True)
 raise SystemExit(3)

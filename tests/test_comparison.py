@@ -287,7 +287,7 @@ def test_a_page_is_replaced_by_a_whole_one_only(runs, apples, tmp_path, monkeypa
             raise OSError(28, "No space left on device")
         replace(beside, path)
 
-    monkeypatch.setattr("letit_dist.data.index.os.replace", full)
+    monkeypatch.setattr("letit_dist.files.os.replace", full)
     done = call(*command, "--seed", 1)
     assert done.code == 2 and done.errors == [f"error: cannot write to {out}: No space left on device"]
     assert (out / "compare.html").read_bytes() == (kept / "compare.html").read_bytes()

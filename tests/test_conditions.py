@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from letit_dist.config import TrainEnergyConfig, parse_config
-from letit_dist.data.latents import LatentPairs, LatentSet, LatentWriter
+from letit_dist.data.latents import LatentPairs, LatentSet, LatentWriter, pairs_of
 from letit_dist.energy.baselines import MeanShift
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
 from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig, build_energy, conditions_of, load_energy
@@ -98,7 +98,7 @@ def test_what_an_energy_with_conditions_refuses():
 
 def test_every_pair_has_its_turn_and_every_sample_its_place():
     sizes = (7, 5, 4)
-    pairs = LatentPairs(sizes, seed=2, batch=6, every_way=True)
+    pairs = LatentPairs(sizes, seed=2, batch=6, pairs=pairs_of(3))
     drawn = list(itertools.islice(pairs.stream(0), 70))
     flat = {name: torch.cat([getattr(batch, name) for batch in drawn]) for name in ("pair", "source", "target")}
     assert flat["pair"].bincount().tolist() == [70] * 6
@@ -112,8 +112,8 @@ def test_every_pair_has_its_turn_and_every_sample_its_place():
 
 
 def test_the_stream_of_several_domains_does_not_know_ranks():
-    whole = LatentPairs((7, 5, 4), seed=2, batch=8, every_way=True).at(24)
-    parts = [LatentPairs((7, 5, 4), seed=2, batch=8, rank=r, world=4, every_way=True).at(24) for r in range(4)]
+    whole = LatentPairs((7, 5, 4), seed=2, batch=8, pairs=pairs_of(3)).at(24)
+    parts = [LatentPairs((7, 5, 4), seed=2, batch=8, rank=r, world=4, pairs=pairs_of(3)).at(24) for r in range(4)]
     for name in ("positions", "source", "target", "pair"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
@@ -197,7 +197,7 @@ def test_one_energy_learns_every_direction(on):
     )
     recipe = LatentEnergyRecipe(config, energy, Same(), shifts, seed=0, precision="fp32")
     optimizer = torch.optim.Adam(energy.parameters(), lr=2e-3)
-    pairs = LatentPairs((200, 200, 200), seed=0, batch=96, every_way=True)
+    pairs = LatentPairs((200, 200, 200), seed=0, batch=96, pairs=pairs_of(3))
     ends = torch.tensor(numbered)
     for item in itertools.islice(pairs.stream(0), 300):
         source, target = ends[item.pair].T

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"errors", "registry", "rng", "schedule", "pretrained", "pictures", "memory", "config", "__init__"}
+LEAVES = {
+    "errors",
+    "registry",
+    "rng",
+    "schedule",
+    "pretrained",
+    "pictures",
+    "memory",
+    "config",
+    "files",
+    "published",
+    "__init__",
+}
 ALLOWED = {
     "autoencoders": set(),
     "losses": set(),

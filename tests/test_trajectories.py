@@ -83,7 +83,7 @@ def test_noise_belongs_to_the_place_and_the_seed(apples):
     expected = translator.translate(
         to_images(pixels[None]),
         noise=translator.noise(5, [3]),
-        decoder_noise=translator.decoder_noise(5, [3]),
+        decoder_noise=translator.autoencoder.decoder_noise(5, [3]),
         keep_path=True,
     )
     for frame, images in zip(found.frames, expected.path_images, strict=True):

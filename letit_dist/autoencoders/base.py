@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import LongTensor, Tensor, nn
 
-from letit_dist import pretrained
+from letit_dist import pretrained, rng
 from letit_dist.config import StrictConfig, as_tree, parse_kind
 from letit_dist.errors import UserError
 from letit_dist.registry import AUTOENCODERS
@@ -65,6 +65,17 @@ class Autoencoder(nn.Module):
     def noise_shapes(self) -> list[tuple[int, ...]]:
         """Shape of each map of one sample's decoder noise, in the order of use; empty where `decode` takes none."""
         return []
+
+    def decoder_noise(self, seed: int, places: Sequence[int] | Tensor) -> list[Tensor] | None:
+        """The decoder's noise as a function of (seed, place of the sample), maps (B, *shape); None where
+        translations are decoded without."""
+        if not self.decodes_with_noise:
+            return None
+        device = next(self.parameters()).device
+        # ALAE's published code shares its first map over the batch. Here every map belongs to its image, or a
+        # picture would depend on its neighbours.
+        shapes = enumerate(self.noise_shapes())
+        return [rng.normal(shape, seed, f"decoder noise {i}", places, device=device) for i, shape in shapes]
 
     def encode_codes(self, images: Tensor) -> dict[str, LongTensor]:
         """Images (B, 3, H, W) to integer maps by name, each (B, ...); only where `stores_codes`."""

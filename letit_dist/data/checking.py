@@ -171,7 +171,8 @@ def compare(results: Sequence[CheckResult], show: int = 5) -> tuple[list[str], l
             shared(first.pictures, second.pictures), ("equal", "similar"), (equal_lines, similar_lines), strict=True
         ):
             if pairs:
-                named = ", ".join(f"{first.index.key(i)} = {second.index.key(j)}" for i, j in pairs[:show])
+                sign = {"equal": "=", "similar": "~"}[word]
+                named = ", ".join(f"{first.index.key(i)} {sign} {second.index.key(j)}" for i, j in pairs[:show])
                 more = f" and {len(pairs) - show} more" if len(pairs) > show else ""
                 of = f"{len(pairs)} of {len(second.index)} images"
                 lines.append(f"{both}: {of} of the second are {word}: {named}{more}")

@@ -115,16 +115,8 @@ def encode_domain(
     Raises UserError if `out` holds something else, if the images are of another size than the autoencoder's, and
     for an image that cannot be read.
     """
-    if other := [index for index in dataset.indexes if index.kind != "images"]:
-        raise UserError(f"{other[0].folder} holds {other[0].kind}, not images")
     side = autoencoder.config.resolution
-    dataset = dataset.matching(side)
-    size = dataset.image_size()
-    if size != (side, side):
-        raise UserError(
-            f"{dataset.indexes[0].folder} holds images of {size[1]}x{size[0]}, the autoencoder takes {side}x{side}: "
-            f"pack them with shards/pack.py --resolution {side}"
-        )
+    dataset = dataset.require_side(side)
     origin = dataset.indexes[0].meta
     meta = {
         "domain": domain or origin.get("domain") or dataset.indexes[0].folder.name,

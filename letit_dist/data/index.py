@@ -16,9 +16,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from letit_dist.errors import UserError
+from letit_dist.files import hash_file, write_atomically
 
 FORMAT = 1
 INDEX_NAME = "index.json"
@@ -44,25 +43,6 @@ class Shard:
     bytes: int
     sha256: str
     samples: int
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, flush to disk, rename: `path` holds all of `data` or what it held before."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -182,7 +182,7 @@ class PairBatch:
 class LatentPairs:
     """The unpaired stream: each side has its own order and its own length, each sample once in its own epoch.
 
-    Of two domains, or of several: then every (source, target) of different domains has its turn, one after the other.
+    `pairs` are the (source, target) numbers of domains that have their turn, one after the other.
     """
 
     def __init__(
@@ -193,10 +193,10 @@ class LatentPairs:
         batch: int,
         rank: int = 0,
         world: int = 1,
-        every_way: bool = False,
+        pairs: Sequence[tuple[int, int]] = ((0, 1),),
     ):
         self.sizes = tuple(sizes)
-        self.pairs = pairs_of(len(self.sizes)) if every_way else [(0, 1)]
+        self.pairs = tuple(pairs)
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         rank_positions(0, batch, rank, world)
         # Position p is turn p // n of pair p % n. How many samples of its domain a pair's turn has before it, by side:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from letit_dist.config import differences
-from letit_dist.data.index import INDEX_NAME, Index, write_atomically
+from letit_dist.data.index import INDEX_NAME, Index
 from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.progress import Progress
 from letit_dist.data.sizes import sized
@@ -32,6 +32,7 @@ from letit_dist.data.transforms import (
 )
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
+from letit_dist.files import write_atomically
 
 UNREADABLE_NAME = "unreadable.txt"
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}

@@ -175,6 +175,24 @@ class ShardDataset:
         """The same samples at `resolution` where they hold it beside a larger one; otherwise as they are."""
         return self.at(resolution) if self.stores(resolution) else self
 
+    def require_side(self, side: int) -> ShardDataset:
+        """`matching(side)`, for an autoencoder of that resolution.
+
+        Raises UserError for shards without images, and for images of another size.
+        """
+        for index in self.indexes:
+            if index.kind != "images":
+                raise UserError(f"{index.folder} holds {index.kind}, not images")
+        if not len(self):
+            raise UserError(f"{self.indexes[0].folder}: no images in it")
+        dataset = self.matching(side)
+        if (size := dataset.image_size()) != (side, side):
+            raise UserError(
+                f"{self.indexes[0].folder} holds images of {size[1]}x{size[0]}, the autoencoder takes {side}x{side}: "
+                f"pack them with shards/pack.py --resolution {side}"
+            )
+        return dataset
+
     def image_size(self) -> tuple[int, int]:
         """(H, W) of every image that `pixels` returns."""
         return (self._asked, self._asked) if self._asked else self.stored_size()

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class FfhqLayout(Layout):
 
 
 def _with_notes(parts: list[Part], notes: list[str]) -> list[Part]:
-    return [Part(p.subfolder, p.domain, p.split, p.source, tuple(notes) if p is parts[0] else ()) for p in parts]
+    return [replace(part, notes=tuple(notes) if part is parts[0] else ()) for part in parts]
 
 
 def _some_images(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def _table_parts(tables: list[tuple[str, str]], root: Path, request: Request, sp
             f"{spec}: one domain where two are needed: column {request.column!r} holds {next(iter(found))!r} alone"
         )
     parts = select(by_domain_and_split(root, files, layout), request, spec)
-    return [Part(p.subfolder, p.domain, p.split, p.source, _absent(p.source)) for p in parts]
+    return [replace(part, notes=_absent(part.source)) for part in parts]
 
 
 def _absent(source: FileSource) -> tuple[str, ...]:

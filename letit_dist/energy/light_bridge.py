@@ -37,7 +37,7 @@ class LightBridge:
         learning_rate: float = 1e-2,
         seed: int = 0,
     ) -> LightBridge:
-        """From latents (N, *L) and (M, *L), by Adam on mean log c(x) - mean log v(y) (eq. 11).
+        """From latents (N, *L) and (M, *L), by Adam on mean log c(x) - mean log v(y), the objective of section 3.2.
 
         `epsilon` is in units of the latents' mean variance. It starts near the identity plus the mean shift: from a
         mixture somewhere among the targets it takes long to learn to keep anything. Raises UserError for empty
@@ -96,7 +96,7 @@ class LightBridge:
         is a function of (seed, place)."""
         x = (latents.flatten(1).float() - self.centre.to(latents.device)) / self.unit
         log_s, r = self.log_s.to(x), self.r.to(x)
-        weights = LightBridge.scores(self._on(x), x).softmax(1)
+        weights = self._on(x).scores(x).softmax(1)
         if places is None:
             y = weights @ r + x * (weights @ log_s.exp())
         else:

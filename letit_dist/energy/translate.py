@@ -82,18 +82,6 @@ class Translator:
     def _raised(self, result: Tensor) -> Tensor:
         return result.float() if self.precision == "bf16" else result
 
-    def decoder_noise(self, seed: int, places: Sequence[int] | Tensor) -> list[Tensor] | None:
-        """The decoder's noise as a function of (seed, place of the sample), maps (B, *shape); None where
-        translations are decoded without."""
-        if not self.autoencoder.decodes_with_noise:
-            return None
-        # ALAE's published code shares its first map over the batch. Here every map belongs to its image, or a
-        # picture would depend on its neighbours.
-        return [
-            rng.normal(shape, seed, f"decoder noise {i}", places, device=self.device)
-            for i, shape in enumerate(self.autoencoder.noise_shapes())
-        ]
-
     def noise(self, seed: int, places: Sequence[int] | Tensor) -> Noise | None:
         """The chain's noise as a function of (seed, step, place of the sample), so that no batch size changes it;
         None where the chain has none."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from letit_dist.data.index import write_atomically
 from letit_dist.data.inputs import Images
 from letit_dist.data.progress import Progress
 from letit_dist.data.transforms import (
@@ -27,6 +26,7 @@ from letit_dist.evaluation.comparison_page import comparison_page
 from letit_dist.evaluation.energy_run import EnergyRun
 from letit_dist.evaluation.latents import all_latents
 from letit_dist.evaluation.translating import TranslateOptions
+from letit_dist.files import write_atomically
 from letit_dist.pictures import grid, save_picture
 
 SOURCE, RECONSTRUCTION, MEAN_SHIFT, OURS = "source", "reconstruction", "mean shift", "ours"
@@ -111,7 +111,7 @@ def compare_images(
     found = Comparison([], {label: [] for label in labels})
     with Progress("comparing", len(images)) as progress:
         for place, (name, pixels) in enumerate(images):
-            noise = translator.decoder_noise(options.seed, [place])
+            noise = translator.autoencoder.decoder_noise(options.seed, [place])
             latents = translator.encode(to_images(pixels[None].to(translator.device)))
             moved = translator.transport(latents, **settings, noise=translator.noise(options.seed, [place])).latents
             ways = {RECONSTRUCTION: latents, OURS: moved}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from PIL import Image
 
 from letit_dist.errors import UserError
 from letit_dist.evaluation.pies import SOURCE, TARGET, PiesConfig, PiesResult
+from letit_dist.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,10 +41,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_atomically(path, drawn.getvalue())
 
 
 def pies_figure(result: PiesResult, config: PiesConfig) -> Figure:

@@ -15,7 +15,8 @@ from torch import Tensor
 from letit_dist.config import as_tree
 from letit_dist.data.index import INDEX_NAME
 from letit_dist.data.reader import ShardDataset
-from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage, decode, to_images, to_pixels
+from letit_dist.data.source_base import fingerprint, images_below
+from letit_dist.data.transforms import UnreadableImage, decode, to_images, to_pixels
 from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.extractors import resize_pixels
@@ -38,10 +39,6 @@ class ImageSet:
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Columns]:
         """pixels uint8 (B, 3, H, W), and numbers (B,) that were found on the way."""
         raise NotImplementedError
-
-
-def _digest(parts: Sequence[object]) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 class _Real(ImageSet):
@@ -85,10 +82,7 @@ class FolderImages(_Real):
 
     def __init__(self, folder: Path, side: int | None = None):
         super().__init__(str(folder), side)
-        known = (p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-        self.paths = sorted(p for p in known if not p.name.startswith(".") and p.is_file())
-        if not self.paths:
-            raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_EXTENSIONS))}) and is no shard folder")
+        self.paths = [folder / path for path in images_below(folder)]
         parts = []
         # All of it is read once before the work: two sizes after an hour would be a bad surprise.
         for row, path in enumerate(self.paths):
@@ -96,7 +90,7 @@ class FolderImages(_Real):
             parts.append(f"{path.relative_to(folder)} {hashlib.sha256(data).hexdigest()}")
             if side is None:
                 self.check_size(_size(data, path), row)
-        self.stamp = _digest(parts)
+        self.stamp = fingerprint(parts)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -130,7 +124,7 @@ class ShardImages(_Real):
         if not len(self.dataset):
             raise UserError(f"{folder}: no images in it")
         self.split = index.meta.get("split")
-        self.stamp = _digest([shard.sha256 for shard in index.shards])
+        self.stamp = fingerprint(shard.sha256 for shard in index.shards)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -199,7 +193,7 @@ class TranslatedImages(ImageSet):
             "outputs": outputs,
             "noise_seed": seed,
         }
-        self.stamp = _digest([source.stamp, sorted(self.snapshot.items(), key=lambda item: item[0])])
+        self.stamp = fingerprint([source.stamp, str(sorted(self.snapshot.items()))])
 
     def __len__(self) -> int:
         return len(self.source) * self.outputs
@@ -213,7 +207,7 @@ class TranslatedImages(ImageSet):
             result = self.translator.translate(
                 to_images(pixels.to(self.translator.device)),
                 noise=self.translator.noise(self.seed, places),
-                decoder_noise=self.translator.decoder_noise(self.seed, places),
+                decoder_noise=self.translator.autoencoder.decoder_noise(self.seed, places),
             )
             output = to_pixels(result.images).cpu()
             columns.append(self.beside(pixels, output) if self.beside else {})

@@ -106,7 +106,7 @@ def _examples(translator: Translator, side: LatentSet, count: int, seed: int) ->
         for latents in chunk.split(1):
             place = [len(found)]
             chain = translator.transport(latents, noise=translator.noise(seed, place))
-            noise = translator.decoder_noise(seed, place)
+            noise = translator.autoencoder.decoder_noise(seed, place)
             # One by one, and as pixels: at 1024 pixels a decoder's floats fill the memory of a laptop.
             before, after = (to_pixels(translator.decode(z, noise=noise))[0].cpu() for z in (latents, chain.latents))
             found.append(Example(before, after, chain.shift[0].mean(0).cpu()))

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from letit_dist import rng
 from letit_dist.autoencoders.base import Autoencoder
 from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset, batches
 from letit_dist.data.transforms import to_images
-from letit_dist.errors import UserError
 from letit_dist.evaluation.image_distances import psnr, squared_error, ssim
 from letit_dist.evaluation.weights import FILES, find_weights, missing_line
 from letit_dist.pictures import grid, save_picture
@@ -78,11 +76,7 @@ def reconstruct(autoencoder: Autoencoder, pixels: Tensor, places: Tensor, seed: 
     images = to_images(pixels.to(device))
     codes = autoencoder.encode_codes(images) if autoencoder.stores_codes else {}
     latents = autoencoder.latents_from_codes(codes) if codes else autoencoder.encode(images)
-    noise = None
-    if autoencoder.decodes_with_noise:
-        shapes = enumerate(autoencoder.noise_shapes())
-        noise = [rng.normal(shape, seed, f"decoder noise {i}", places, device=device) for i, shape in shapes]
-    return autoencoder.decode(latents, noise=noise).clamp(-1, 1), codes
+    return autoencoder.decode(latents, noise=autoencoder.decoder_noise(seed, places)).clamp(-1, 1), codes
 
 
 @torch.no_grad()
@@ -93,15 +87,9 @@ def measure_reconstruction(
 
     Raises UserError for shards without images, and of another size than the autoencoder's.
     """
+    dataset = dataset.require_side(autoencoder.config.resolution)
     index = dataset.indexes[0]
     label = str(index.folder)
-    side = autoencoder.config.resolution
-    if index.kind != "images":
-        raise UserError(f"{label} holds {index.kind}, not images")
-    if not len(dataset):
-        raise UserError(f"{label}: no images in it")
-    if (size := dataset.image_size()) != (side, side):
-        raise UserError(f"{label} holds images of {size[1]}x{size[0]}, the autoencoder takes {side}x{side}")
     scores: dict[str, list[Tensor]] = {}
     counts: dict[str, Tensor] = {}
     with Progress(f"reconstructing {label}", len(dataset)) as progress:
@@ -132,6 +120,7 @@ def choose(errors: Tensor, count: int = _SHOWN) -> dict[str, Tensor]:
 
 def save_sheet(autoencoder: Autoencoder, dataset: ShardDataset, measured: Measured, path: Path) -> None:
     """The worst and the typical images of a data set above what the autoencoder makes of them."""
+    dataset = dataset.matching(autoencoder.config.resolution)
     rows: dict[str, Tensor] = {}
     for name, chosen in choose(measured.scores["mse"]).items():
         pixels = torch.stack([dataset.pixels(int(place)) for place in chosen])

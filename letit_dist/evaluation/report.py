@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from letit_dist.errors import UserError
 from letit_dist.evaluation.scoring import Scores
+from letit_dist.files import write_atomically
 from letit_dist.pictures import grid, save_picture
 
 
 def write_lines(rows: Sequence[dict], path: Path) -> None:
     """One JSON line a row, written beside and renamed."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.writing")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(beside, path)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 

@@ -113,7 +113,7 @@ def score_translations(
         with Progress("scoring", len(latents)) as progress:
             for places in torch.arange(len(latents)).split(batch):
                 # The same for every method: what differs between two of them is what they did.
-                noise = translator.decoder_noise(seed, places)
+                noise = translator.autoencoder.decoder_noise(seed, places)
                 ends.append(move(latents[places], places))
                 parts.append(translator.decode(ends[-1], noise=noise).clamp(-1, 1))
                 progress.step(len(places))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from letit_dist.data.index import write_atomically
 from letit_dist.data.latents import LatentSet
 from letit_dist.evaluation.energy_run import EnergyRun
 from letit_dist.evaluation.figures import BLUE, ORANGE, need_matplotlib, new_figure, save_figure
 from letit_dist.evaluation.latent_shift import Example, LatentShift, correlation, measure_shift, shift_record
+from letit_dist.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,6 +16,7 @@ from letit_dist.energy.classifier import LatentClassifier
 from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.energy_run import EnergyRun
+from letit_dist.files import write_atomically
 from letit_dist.pictures import grid, save_picture
 
 
@@ -64,7 +65,7 @@ def turn_dial(
 
     for place, image in enumerate(pixels):
         noise = translator.noise(seed, [place])
-        decoder_noise = translator.decoder_noise(seed, [place])
+        decoder_noise = translator.autoencoder.decoder_noise(seed, [place])
 
         def show(name: str, latents: Tensor, decoder_noise=decoder_noise) -> Tensor:
             decoded = to_pixels(translator.decode(latents, noise=decoder_noise)).cpu()
@@ -146,9 +147,7 @@ def write_strength(
         "cycle": dial.cycle,
     }
     save_picture(grid(dict(dial.rows), title=run.title(seed)), out / "strength.png")
-    beside = out / ".strength.json.writing"
-    beside.write_text(json.dumps(record) + "\n")
-    beside.replace(out / "strength.json")
+    write_atomically(out / "strength.json", (json.dumps(record) + "\n").encode())
     for row in dial.strengths:
         share = f"{row['target_share']:.0%} taken for the target"
         yield f"strength {row['strength']:g}: moved {row['moved']:.3g} units, {share}"

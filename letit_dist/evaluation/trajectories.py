@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from letit_dist.data.index import write_atomically
 from letit_dist.data.inputs import Images
 from letit_dist.data.progress import Progress
 from letit_dist.data.transforms import to_images, to_pixels
@@ -21,6 +20,7 @@ from letit_dist.errors import UserError
 from letit_dist.evaluation.energy_run import EnergyRun
 from letit_dist.evaluation.figures import energy_curve, need_matplotlib
 from letit_dist.evaluation.translating import TranslateOptions
+from letit_dist.files import write_atomically
 from letit_dist.pictures import beside, captioned, save_frames, save_picture, stacked, visible_size
 
 ANIMATIONS = ("gif", "webp")
@@ -48,7 +48,7 @@ def follow(
     settings = {"steps": options.steps, "step_size": options.step_size, "strength": options.strength}
     _, whole, fraction = translator.chain(**settings)
     steps = [float(step) for step in range(whole + 1)] + ([whole + fraction] if fraction else [])
-    noise = translator.decoder_noise(options.seed, [place])
+    noise = translator.autoencoder.decoder_noise(options.seed, [place])
     energies, frames = [], []
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ class _Chunk:
 @torch.no_grad()
 def _translate(translator: Translator, pixels: Tensor, places: Sequence[int], options: TranslateOptions) -> _Chunk:
     """Pixels uint8 (B, 3, H, W) of the images at these places among the readable ones, to all that is to be written."""
-    noise = translator.decoder_noise(options.seed, places)
+    noise = translator.autoencoder.decoder_noise(options.seed, places)
     frames: list[Tensor] = []
     result = translator.translate(
         to_images(pixels.to(translator.device)),

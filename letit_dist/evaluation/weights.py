@@ -7,7 +7,6 @@ is meant; what the folder holds under that name is hashed before it is used.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Sequence
@@ -15,23 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from letit_dist.data.index import hash_file
 from letit_dist.errors import UserError
+from letit_dist.files import hash_file
+from letit_dist.published import read_published, state_dict
 
 ENVIRONMENT = "LETIT_WEIGHTS"
 _TORCHVISION = "https://download.pytorch.org/models"
 _FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 _LPIPS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
 
-State = Literal["good", "missing", "another", "unchecked"]
+State = Literal["good", "missing", "another"]
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file. `sha256` holds its first hex digits; "" where nobody publishes them."""
+    """One file. `sha256` holds its first hex digits."""
 
     key: str
     address: str
@@ -86,8 +87,6 @@ def state_of(file: WeightFile, folder: Path) -> tuple[State, str]:
     if not path.is_file():
         return "missing", ""
     found = hash_file(path)
-    if not file.sha256:
-        return "unchecked", found
     return ("good" if found.startswith(file.sha256) else "another"), found
 
 
@@ -126,11 +125,11 @@ def import_weights(paths: Sequence[Path], folder: Path) -> list[str]:
             problems.append(f"no such file: {path}")
             continue
         digest = hash_file(path)
-        match = [file for file in FILES.values() if file.sha256 and digest.startswith(file.sha256)]
+        match = [file for file in FILES.values() if digest.startswith(file.sha256)]
         if match:
             wanted.append((path, match[0]))
             continue
-        named = [file for file in FILES.values() if file.name == path.name and file.sha256]
+        named = [file for file in FILES.values() if file.name == path.name]
         expected = f", {path.name} begins {named[0].sha256}" if named else ""
         problems.append(
             f"{path}: sha256 {digest[:16]}... is none of the known files{expected}; see eval/weights.py list"
@@ -148,19 +147,10 @@ def import_weights(paths: Sequence[Path], folder: Path) -> list[str]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file. A pickle runs no code here, and what is cut short is a UserError."""
+    """The tensors of a .pth or .safetensors file; UserError for what is damaged or holds something else."""
+    if path.suffix != ".safetensors":
+        return state_dict(read_published(path), path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        if isinstance(error, MemoryError):
-            raise
-        kind = "holds more than tensors" if isinstance(error, pickle.UnpicklingError) else "is damaged"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} {kind}, or is no weights file: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path}: expected a state dict, found a {type(found).__name__} of other things")
-    return dict(found)
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged, or is no weights file: {error}") from None

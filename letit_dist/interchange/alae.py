@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
+from letit_dist.config import parse_config
 from letit_dist.errors import UserError
-from letit_dist.interchange.published import read_published, state_dict
 from letit_dist.pretrained import check_exactly, load_exactly
+from letit_dist.published import read_published, state_dict
 
 # The networks of a file; each but the last has a running average beside it, with this suffix.
 _NETWORKS = ("discriminator", "generator", "mapping_tl", "mapping_fl", "dlatent_avg")
@@ -172,10 +173,8 @@ def _infer(state: State, twin: str, where: str | Path) -> ALAEConfig:
             raise UserError(f"{where}: no published ALAE: no {' and no '.join(key for key, _ in keys)}")
         sizes[size] = found.most_common(1)[0][0]
     layers = _count(state, rf"{mapping}\.map_blocks\.(\d+)\..*")
-    try:
-        return ALAEConfig(resolution=2 << levels, mapping_layers=layers, **sizes)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    tree = {"kind": "alae", "resolution": 2 << levels, "mapping_layers": layers, **sizes}
+    return parse_config(ALAEConfig, tree, where=str(where))
 
 
 def _count(state: State, pattern: str) -> int:

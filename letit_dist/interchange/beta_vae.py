@@ -9,8 +9,8 @@ from torch import Tensor
 
 from letit_dist.autoencoders.beta_vae import BetaVAE, BetaVAEConfig
 from letit_dist.errors import UserError
-from letit_dist.interchange.published import read_published, state_dict
 from letit_dist.pretrained import check_exactly, load_exactly
+from letit_dist.published import read_published, state_dict
 
 # What the weights do not tell: the range of the images that the networks were trained on.
 _VARIANTS = {"1konny": {"inputs": "unit", "output": "sigmoid"}, "letit": {"inputs": "signed", "output": "linear"}}

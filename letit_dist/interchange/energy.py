@@ -22,8 +22,8 @@ from letit_dist.energy.models import (
     build_energy,
 )
 from letit_dist.errors import UserError
-from letit_dist.interchange.published import read_published, state_dict
 from letit_dist.pretrained import check_exactly, load_exactly
+from letit_dist.published import read_published, state_dict
 
 State = Mapping[str, Tensor]
 

@@ -10,9 +10,10 @@ from typing import Literal
 from torch import Tensor
 
 from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
+from letit_dist.config import parse_config
 from letit_dist.errors import UserError
-from letit_dist.interchange.published import read_published, state_dict
 from letit_dist.pretrained import check_exactly, load_exactly
+from letit_dist.published import read_published, state_dict
 
 # Names under which training scripts put the state dict when they save more than it.
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
@@ -108,17 +109,16 @@ def _infer(tensors: dict[str, Tensor], resolution: int, *, relu_skip: bool, wher
         raise UserError(f"{where}: not a published VQ-VAE-2: no {', '.join(wrong)} of the expected rank")
     blocks = sum(bool(re.fullmatch(r"enc_b\.blocks\.\d+\.conv\.1\.weight", name)) for name in tensors)
     code_dim, codes = tensors["quantize_t.embed"].shape
-    try:
-        return VQVAE2Config(
-            resolution=resolution,
-            channels=tensors["enc_b.blocks.2.weight"].shape[0],
-            residual_blocks=blocks,
-            residual_channels=tensors["enc_b.blocks.5.conv.1.weight"].shape[0],
-            code_dim=code_dim,
-            codes=codes,
-            # Layer noise shifts the decoder's numbering; its first layer sits where a ReLU is without it.
-            noise="dec.blocks.1.conv.2.weight" in tensors,
-            relu_skip=relu_skip,
-        )
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    tree = {
+        "kind": "vqvae2",
+        "resolution": resolution,
+        "channels": tensors["enc_b.blocks.2.weight"].shape[0],
+        "residual_blocks": blocks,
+        "residual_channels": tensors["enc_b.blocks.5.conv.1.weight"].shape[0],
+        "code_dim": code_dim,
+        "codes": codes,
+        # Layer noise shifts the decoder's numbering; its first layer sits where a ReLU is without it.
+        "noise": "dec.blocks.1.conv.2.weight" in tensors,
+        "relu_skip": relu_skip,
+    }
+    return parse_config(VQVAE2Config, tree, where=str(where))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from letit_dist.errors import UserError
+from letit_dist.published import read_published, state_dict
 
 
 class PerceptualLoss(nn.Module):
@@ -30,7 +30,9 @@ class PerceptualLoss(nn.Module):
             from lpips import LPIPS
         except ImportError:
             raise UserError("the perceptual loss needs the package lpips: pip install 'letit_dist[eval]'") from None
-        backbone = _read(Path(weights))
+        if not Path(weights).is_file():
+            raise UserError(f"no such file: {weights} (the torchvision weights of the LPIPS backbone; not downloaded)")
+        backbone = state_dict(read_published(weights), weights)
         # Random weights that are replaced below: not worth a change in everybody else's random numbers.
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # lpips calls torchvision with its deprecated `pretrained`
@@ -44,19 +46,6 @@ class PerceptualLoss(nn.Module):
         dtype = self.network.scaling_layer.shift.dtype
         with torch.autocast(reconstruction.device.type, enabled=False):
             return self.network(reconstruction.to(dtype), images.to(dtype)).mean()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"no such file: {path} (the torchvision weights of the LPIPS backbone; not downloaded)")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a torchvision weights file: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(item, Tensor) for item in found.values()):
-        raise UserError(f"{path}: expected a torchvision state dict, found a {type(found).__name__}")
-    return found
 
 
 def _load_backbone(net: nn.Module, backbone: dict[str, Tensor], where: str) -> None:

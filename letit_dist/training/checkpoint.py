@@ -7,7 +7,6 @@ over for the one before it, and the run says so.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from letit_dist.errors import UserError
+from letit_dist.files import hash_file
 
 _PREFIX = "images-"
 _MANIFEST = "manifest.json"
@@ -61,20 +61,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash_310(stream)
-        )
-
-
-def _hash_310(stream) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -167,7 +153,7 @@ class CheckpointStore:
             save_file(contiguous, beside / f"{name}.safetensors")
         (beside / "state.json").write_text(json.dumps(state, indent=1))
         paths = sorted(p for p in beside.rglob("*") if p.is_file())
-        files = {str(p.relative_to(beside)): {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in paths}
+        files = {str(p.relative_to(beside)): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in paths}
         (beside / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
         for path in [*paths, beside / _MANIFEST, *(p for p in beside.rglob("*") if p.is_dir()), beside]:
             _flush(path)
@@ -227,7 +213,7 @@ def verify(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, expected {size}"
         try:
-            if _hash(path) != digest:
+            if hash_file(path) != digest:
                 return f"{name} does not match its hash"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror or error}"

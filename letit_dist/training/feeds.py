@@ -135,7 +135,7 @@ class LatentFeed:
     ) -> Iterator[Batch]:
         """This rank's share of every global batch: as many source as target samples, each domain in its own order."""
         sizes = [len(domain) for domain in self.domains]
-        pairs = LatentPairs(sizes, seed=self.seed, batch=batch, rank=rank, world=ranks, every_way=self.every_way)
+        pairs = LatentPairs(sizes, seed=self.seed, batch=batch, rank=rank, world=ranks, pairs=self.pairs)
         for number, item in enumerate(pairs.stream(images_seen)):
             yield self._batch(item, images_seen + number * batch, batch)
 

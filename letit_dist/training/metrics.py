@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from letit_dist.files import write_atomically
 
 
 class Means:
@@ -70,9 +71,7 @@ class StatsFile:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # the line that a kill cut in half
-        beside = self.path.with_suffix(".writing")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
 
     def append(self, record: dict) -> None:
         """Add one line."""

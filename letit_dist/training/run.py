@@ -20,6 +20,7 @@ import yaml
 import letit_dist
 from letit_dist.config import StrictConfig, as_tree, differences, parse_config, to_yaml
 from letit_dist.errors import UserError
+from letit_dist.files import write_atomically
 
 # What may change between two starts of a run, because by construction it changes no result.
 _FREE = ("data.workers", "training.microbatch", "training.timeout", "intervals")
@@ -86,16 +87,10 @@ def open_run(folder: Path, config: StrictConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-        _write(path, to_yaml(config))
-        _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_atomically(path, to_yaml(config).encode())
+        write_atomically(folder / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write into the run folder {folder}: {error.strerror or error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _commit() -> str | None:

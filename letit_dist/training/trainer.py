@@ -126,15 +126,12 @@ class Trainer:
         try:
             return self._train()
         except RuntimeError as error:
-            if not _LOST.search(str(error)):
+            if self.accelerator.num_processes == 1 or not _LOST.search(str(error)):
                 raise
-            saved = (
-                f"the newest checkpoint is at {self._saved_at} images" if self._saved_at > 0 else "none is saved yet"
-            )
             raise UserError(
                 f"lost the other ranks {self._doing} at {self.images_seen} images "
-                f"({' '.join(str(error).split())[:200]}); {saved}, the same command continues from there. What a rank "
-                "that ended has said stands in its own lines"
+                f"({' '.join(str(error).split())[:200]}); {self._saved}, the same command continues from there. "
+                "What a rank that ended has said stands in its own lines"
             ) from error
         finally:
             # Whatever ends the run, what it says of its newest checkpoint is then true.
@@ -250,11 +247,10 @@ class Trainer:
         if self._all_sum([float(not math.isfinite(value) or abs(value) > limit)])[0] == 0:
             return
         self.recipe.discard()
-        saved = f"the newest checkpoint is at {self._saved_at} images" if self._saved_at > 0 else "none is saved yet"
         why = "not finite" if limit == math.inf else f"not finite or beyond recipe.loss_limit {limit:g}"
         raise UserError(
             f"the loss of phase {phase.name!r} is {why} at {self.images_seen} images "
-            f"(this rank: {value:g}); the weights were not changed by it and {saved}. "
+            f"(this rank: {value:g}); the weights were not changed by it and {self._saved}. "
             f"Lower recipe.optimizer.learning_rate{self.recipe.divergence_hint} and start again in a new folder"
         )
 
@@ -423,6 +419,10 @@ class Trainer:
         if self.is_main:
             self.stats.rewind(self.images_seen)
         self.say(f"resumed at {self.images_seen} of {self.training.images} images from {checkpoint.folder}")
+
+    @property
+    def _saved(self) -> str:
+        return f"the newest checkpoint is at {self._saved_at} images" if self._saved_at > 0 else "none is saved yet"
 
     def _load(self, checkpoint: Checkpoint) -> None:
         load_exactly(self.recipe, checkpoint.tensors("model"), checkpoint.folder)
