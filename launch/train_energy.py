@@ -103,8 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     if code == 0:
         ends = {"domains": feed.names} if config.data.domains else {"source": feed.names[0], "target": feed.names[1]}
         export(trainer, autoencoder_fingerprint=fingerprint, **ends)
-        if trainer.is_main:
-            for direction, (source, target) in zip(trainer.trained.directions(), feed.pairs, strict=True):
+        with trainer.whole_trained() as trained:
+            for direction, (source, target) in zip(trained.directions(), feed.pairs, strict=True):
+                if not trainer.is_main:
+                    break
                 ends = (all_latents(autoencoder, sides[side], most=512) for side in (source, target))
                 print(f"{feed.names[source]} to {feed.names[target]}")
                 print(markdown(compare(direction.energy, direction.methods, *ends, unit)))

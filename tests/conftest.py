@@ -94,7 +94,9 @@ def _start(recipe, feed, run: Path, training: dict, intervals: dict, **options):
     )
 
 
-def tiny_trainer(run: Path, shards: Path, *, feed=None, training=None, intervals=None, recipe=None, **options):
+def tiny_trainer(
+    run: Path, shards: Path, *, feed=None, training=None, intervals=None, recipe=None, workers=0, **options
+):
     """A Trainer of a VQ-VAE-2 with all that is random switched on: flips, input noise, layer noise, restarts.
 
     `feed` wraps the real feed (`lambda feed: ...`); `training`, `intervals` and `recipe` are keys to change;
@@ -106,7 +108,7 @@ def tiny_trainer(run: Path, shards: Path, *, feed=None, training=None, intervals
     from letit_dist.training.feeds import ImageFeed
 
     training = training or {}
-    images = ImageFeed(ImagesConfig(train=(str(shards / "apple" / "train"),), workers=0, grayscale=0.3), seed=7)
+    images = ImageFeed(ImagesConfig(train=(str(shards / "apple" / "train"),), workers=workers, grayscale=0.3), seed=7)
     rates = OptimizerConfig(learning_rate=1e-3, warmup=32, decay=(64, 128))
     config = VQVAE2RecipeConfig(**{"optimizer": rates, "input_noise": 0.1, **(recipe or {})})
     model = VQVAE2Recipe(

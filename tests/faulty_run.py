@@ -3,6 +3,7 @@
 The fault strikes one rank of two, in its batch number 7: after the checkpoint at 48 of 128 images.
 """
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -58,6 +59,20 @@ def stop(batch):
     return batch
 
 
+def kill_worker(batch):
+    """As the kernel does when memory is short, to a process that reads for this rank."""
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    return batch
+
+
+def kill_once(batch):
+    """A fault that is gone when the launcher starts the ranks again."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        kill(batch)
+    return batch
+
+
 def nan(batch):
     """A loss that is not a number."""
     batch.data["images"][0, 0, 0, 0] = torch.nan
@@ -96,6 +111,7 @@ def slow(batch):
 
 
 STRIKES = {"slow": slow, "kill": kill, "raise": fail, "sleep": sleep, "stop": stop, "nan": nan}
+STRIKES |= {"kill once": kill_once, "worker": kill_worker}
 
 
 @reports_errors
@@ -121,7 +137,8 @@ def main() -> int:
     elif fault == "full disk" and RANK == 0:
         full_disk()
     timeout = 5.0 if fault == "sleep" else 120.0
-    trainer = tiny_trainer(run, shards, feed=wrap, training={"timeout": timeout})
+    workers = int(fault == "worker")
+    trainer = tiny_trainer(run, shards, feed=wrap, workers=workers, training={"timeout": timeout})
     code = trainer.train()
     trainer.accelerator.end_training()
     return code

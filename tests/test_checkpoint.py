@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import os
 import random
@@ -165,21 +164,16 @@ def test_leftovers_of_interrupted_saves_are_removed(tmp_path):
     assert names(store) == [name(8)]
 
 
-def test_the_order_of_ranks_and_their_parts(tmp_path):
-    """Every rank writes its part between two barriers; all of it is in the manifest."""
+def test_ranks_wait_for_a_checkpoint_that_is_not_written_in_the_background(tmp_path):
     store, told = CheckpointStore(tmp_path, 2), []
-
-    def write_rank(folder):
-        told.append("write")
-        assert folder.name.startswith(".")
-        (folder / "rank0").mkdir()
-        (folder / "rank0" / "part.bin").write_bytes(b"abc")
-
-    store.save(8, tensors(8), {}, barrier=lambda: told.append("barrier"), write_rank=write_rank)
-    assert told == ["barrier", "write", "barrier", "barrier"]
-    assert json.loads((tmp_path / name(8) / "manifest.json").read_text())["files"]["rank0/part.bin"]["bytes"] == 3
-    (tmp_path / name(8) / "rank0" / "part.bin").write_bytes(b"abd")
-    assert verify(tmp_path / name(8)) == "rank0/part.bin does not match its hash"
+    store.save(8, tensors(8), {}, barrier=lambda: told.append((tmp_path / name(8)).exists()))
+    assert told == [True]
+    store.save(16, tensors(8), {}, barrier=lambda: told.append("again"), background=True)
+    store.wait()
+    assert told == [True]
+    other = CheckpointStore(tmp_path / "other", 2)
+    other.save(8, tensors(8), {}, is_main=False, barrier=lambda: told.append("other"))
+    assert told == [True, "other"] and not (tmp_path / "other").exists()
 
 
 # ------------------------------------------------------------------------------------ disks and kills

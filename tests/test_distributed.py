@@ -1,6 +1,7 @@
 """Two processes equal one: the same global batches, weights, codebooks and averages."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,12 +32,12 @@ TINY = [
 ]
 
 
-def launch(run: Path, shards: Path, *overrides: str, yaml: str | None = None, program="launch/pretrain.py"):
+def launch(run: Path, shards: Path, *overrides: str, yaml: str | Path | None = None, program="launch/pretrain.py"):
     """Run the program itself, or under accelerate with one of the shipped files; returns the finished process."""
     train = f"data.train=[{shards / 'apple/train'}, {shards / 'orange/train'}]"
     start = [sys.executable, program]
     if yaml:
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", yaml, program]
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml), program]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [*start, CONFIG, "--run", str(run), train, *TINY, *overrides]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
@@ -89,21 +90,79 @@ def test_first_gradients_of_two_ranks_equal_one_in_float32(tmp_path, fruit_shard
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5 * scale)
 
 
-def test_deepspeed_trains_like_ddp_and_resumes(tmp_path, fruit_shards):
-    """ZeRO-1 on two processes: float32 noise away from DDP; stopped half-way and resumed, equal to itself."""
-    pytest.importorskip("deepspeed")
-    short = ["training.images=80", "intervals.checkpoint=40", "training.microbatch=2"]
-    started(launch(tmp_path / "ddp", fruit_shards, *short, yaml="launch/accelerate/cpu2.yaml"))
-    started(launch(tmp_path / "ds", fruit_shards, *short, yaml="launch/accelerate/deepspeed_cpu2.yaml"))
-    whole = checkpoint(tmp_path / "ds", "model")
-    assert_close(whole, checkpoint(tmp_path / "ddp", "model"), rtol=1e-3, atol=1e-4)
+DEEPSPEED = ("zero1", "imagenet256", "ffhq1024", "zero3", "zero2_offload")
 
-    newest = sorted((tmp_path / "ds" / "checkpoints").glob("images-*"))[-1]
-    newest.rename(tmp_path / "aside")  # what a kill between the two checkpoints leaves behind
-    again = launch(tmp_path / "ds", fruit_shards, *short, yaml="launch/accelerate/deepspeed_cpu2.yaml")
+
+def under(name: str, folder: Path) -> Path:
+    """A launch file for two CPU processes under launch/deepspeed/`name`.json."""
+    text = (ROOT / "launch/accelerate/deepspeed_cpu2.yaml").read_text()
+    assert "launch/deepspeed/zero1.json" in text
+    yaml = folder / f"{name}.yaml"
+    yaml.write_text(text.replace("launch/deepspeed/zero1.json", f"launch/deepspeed/{name}.json"))
+    return yaml
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory, fruit_shards):
+    """Ten batches of DDP in float32, with a checkpoint half-way: what DeepSpeed is held to."""
+    run = tmp_path_factory.mktemp("ddp") / "run"
+    started(launch(run, fruit_shards, *SHORT, yaml="launch/accelerate/cpu2.yaml"))
+    return run
+
+
+SHORT = ["training.images=80", "intervals.checkpoint=40", "training.microbatch=2"]
+
+
+def half_of(run: Path, to: Path) -> Path:
+    """A copy of a run that was killed between its two checkpoints."""
+    shutil.copytree(run, to)
+    newest = sorted((to / "checkpoints").glob("images-*"))
+    assert len(newest) == 2
+    shutil.rmtree(newest[-1])
+    shutil.rmtree(to / "export")
+    return to
+
+
+def assert_rounding(run: Path, other: Path) -> None:
+    """Equal but for the order of float32 additions, over ten steps: weights, codebooks, average, Adam's moments."""
+    for name in ("model", "average", "optimizer"):
+        assert_close(checkpoint(run, name), checkpoint(other, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "zero3" else pytest.mark.full) for n in DEEPSPEED])
+def test_deepspeed_is_ddp_and_its_checkpoints_belong_to_any_number_of_ranks(tmp_path, fruit_shards, ddp, name):
+    """Every shipped JSON; then half of it continued by one process without DeepSpeed, and half of DDP by it."""
+    pytest.importorskip("deepspeed")
+    yaml = under(name, tmp_path)
+    started(launch(tmp_path / "ds", fruit_shards, *SHORT, yaml=yaml))
+    assert_rounding(tmp_path / "ds", ddp)
+    assert len(checkpoint(ddp, "optimizer")) > 100
+
+    alone = half_of(tmp_path / "ds", tmp_path / "alone")
+    again = launch(alone, fruit_shards, *SHORT)
     started(again)
     assert "resumed at 40 of 80 images" in again.stdout
-    assert_close(checkpoint(tmp_path / "ds", "model"), whole, rtol=0, atol=0)
+    assert_rounding(alone, ddp)
+
+    taken = half_of(ddp, tmp_path / "taken")
+    started(launch(taken, fruit_shards, *SHORT, yaml=yaml))
+    assert_rounding(taken, ddp)
+
+
+@pytest.mark.parametrize("name", ["zero1", *(pytest.param(n, marks=pytest.mark.full) for n in DEEPSPEED[1:])])
+def test_deepspeed_resumes_equal_to_itself(tmp_path, fruit_shards, name):
+    """No average: pictures, checkpoints and the export then read the weights that stage 3 keeps in parts."""
+    pytest.importorskip("deepspeed")
+    options = [*SHORT, "training.ema_half_life=null"]
+    yaml = under(name, tmp_path)
+    started(launch(tmp_path / "ds", fruit_shards, *options, yaml=yaml))
+    again = half_of(tmp_path / "ds", tmp_path / "again")
+    started(launch(again, fruit_shards, *options, yaml=yaml))
+    for part in ("model", "optimizer"):
+        assert_close(checkpoint(again, part), checkpoint(tmp_path / "ds", part), rtol=0, atol=0)
+    exported = load_file(next((tmp_path / "ds/export").glob("images-*")) / "model.safetensors")
+    trained = checkpoint(tmp_path / "ds", "model")
+    assert all(torch.equal(value, trained[f"autoencoder.{name}"]) for name, value in exported.items())
 
 
 def test_a_run_continues_on_another_number_of_ranks(tmp_path, fruit_shards):
@@ -180,11 +239,7 @@ def test_two_ranks_equal_one_over_the_phases_and_levels_of_alae(tmp_path, fruit_
 def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, stage):
     """Two ranks, growing and accumulating; then continued from mid-growth, equal to itself."""
     pytest.importorskip("deepspeed")
-    shipped = {1: "launch/deepspeed/zero1.json", 2: "launch/deepspeed/ffhq1024.json"}
-    text = (ROOT / "launch/accelerate/deepspeed_cpu2.yaml").read_text()
-    assert shipped[1] in text
-    yaml = tmp_path / "deepspeed.yaml"
-    yaml.write_text(text.replace(shipped[1], shipped[stage]))
+    yaml = under({1: "zero1", 2: "ffhq1024"}[stage], tmp_path)
     options = (fruit_shards, "fp32", "4,2,2,1")
     started(launch_tiny_alae(tmp_path / "ddp", *options, "launch/accelerate/cpu2.yaml"))
     started(launch_tiny_alae(tmp_path / "ds", *options, yaml))
@@ -197,12 +252,13 @@ def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, stage):
         gaps = torch.cat([(tensors[key] - expected[key]).flatten() for key in expected])
         assert gaps.square().mean().sqrt() < 1e-4
 
+    optimizer = checkpoint(tmp_path / "ds", "optimizer")
     newest = sorted((tmp_path / "ds" / "checkpoints").glob("images-*"))[-1]
     newest.rename(tmp_path / "aside")
     again = launch_tiny_alae(tmp_path / "ds", *options, yaml)
     started(again)
     assert "resumed at 64 of 128 images" in again.stdout
-    for name, tensors in whole.items():
+    for name, tensors in {**whole, "optimizer": optimizer}.items():
         assert_close(checkpoint(tmp_path / "ds", name), tensors, rtol=0, atol=0)
 
 

@@ -15,9 +15,10 @@ from letit_dist.training.checkpoint import verify
 ROOT = Path(__file__).parent.parent
 
 
-def launch(run: Path, shards: Path, fault: str):
+def launch(run: Path, shards: Path, fault: str, *options: str):
     """Both ranks under accelerate with the shipped file; the finished process and the seconds it took."""
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml"]
+    start += options
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     begun = time.monotonic()
     command = [*start, "tests/faulty_run.py", str(run), str(shards), fault]
@@ -43,6 +44,10 @@ def assert_goes_on(run: Path, shards: Path, unbroken: Path, at: int) -> None:
     done, _ = launch(run, shards, "none")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resumed at {at} of 128 images" in done.stdout
+    assert_same_end(run, unbroken)
+
+
+def assert_same_end(run: Path, unbroken: Path) -> None:
     for name in ("model", "average", "optimizer"):
         mine, theirs = (load_file(r / f"checkpoints/images-000000000128/{name}.safetensors") for r in (run, unbroken))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), name
@@ -57,6 +62,7 @@ def assert_goes_on(run: Path, shards: Path, unbroken: Path, at: int) -> None:
         pytest.param("raise", 48, "ZeroDivisionError: a bug in one rank", marks=pytest.mark.full),
         ("nan", 48, "[rank 0] error: the loss of phase 'reconstruct' is not finite at 56 images"),
         pytest.param("vanished", 48, "listed in index.json and not there: copy it again", marks=pytest.mark.full),
+        ("worker", 48, "[rank 1] error: a loader worker ended"),
         ("kill in save", 48, ""),
         ("full disk", 48, "[rank 0] error: cannot write the checkpoint"),
     ],
@@ -76,6 +82,17 @@ def test_a_rank_that_hangs_is_given_up_after_the_time_limit(tmp_path, fruit_shar
     assert "[rank 0] error: lost the other ranks in phase 'reconstruct' at 56 images" in done.stderr
     assert "the newest checkpoint is at 48 images, the same command continues from there" in done.stderr
     assert checkpoints(tmp_path / "run") == [48]
+
+
+def test_the_launcher_starts_the_ranks_again_and_they_go_on(tmp_path, fruit_shards, unbroken, monkeypatch):
+    """torchrun's elastic agent: one rank dies once, and a single command ends with the bits of an unbroken run."""
+    # Ranks that are started again may not find in torchrun's store where the dead ones listened.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    options = ("--max_restarts", "1", "--rdzv_backend", "c10d")
+    done, _ = launch(tmp_path / "run", fruit_shards, "kill once", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed at 48 of 128 images" in done.stdout
+    assert_same_end(tmp_path / "run", unbroken)
 
 
 def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path, fruit_shards, unbroken):

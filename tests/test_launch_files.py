@@ -46,7 +46,9 @@ def test_deepspeed_reads_it_and_it_holds_no_surprise(path, monkeypatch):
     assert config.gradient_clipping == 0.0 and "gradient_clipping" in tree
     assert config.train_batch_size == 6, "nothing in the file speaks of batches"
     assert not config.bfloat16_config.enabled and not config.float16_config.enabled
-    assert config.zero_optimization_stage in (0, 1, 2) and config.zero_config.offload_optimizer is None
+    offload = config.zero_config.offload_optimizer
+    assert (offload is not None) == ("offload" in path.name) and (offload is None or offload.device == "cpu")
+    assert config.zero_config.offload_param is None
     assert config.zero_config.reduce_bucket_size == 50_000_000, "the default allocates 2 GB a backward pass"
     readme = (path.parent / "README.md").read_text()
     assert f"`{path.name}`" in readme

@@ -103,6 +103,7 @@ class ALAERecipe(Recipe):
     """
 
     config_class: ClassVar[type] = ALAERecipeConfig
+    inner_gradients: ClassVar[bool] = True
     phases = (
         Phase("discriminator", ("encoder", "critic")),
         Phase("generator", ("generator", "mapping")),

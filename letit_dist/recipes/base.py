@@ -165,6 +165,8 @@ class Recipe(nn.Module):
 
     config_class: ClassVar[type[RecipeConfig]]
     phases: tuple[Phase, ...]
+    # Whether a step itself takes gradients through the networks, as Langevin chains and R1 do.
+    inner_gradients: ClassVar[bool] = False
     # A loss beyond this, of either sign, is refused like a non-finite one. None = only non-finite losses are.
     loss_limit: float | None = None
     divergence_hint = ""  # what else to lower, appended to the message of such a loss

@@ -93,11 +93,9 @@ class CheckpointStore:
         *,
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
-        write_rank: Callable[[Path], None] | None = None,
         background: bool = False,
     ) -> Path:
-        """Write one checkpoint; every rank calls this. `write_rank(folder)` lets each rank add its own part
-        (sharded optimiser state); the main process writes everything else.
+        """Write one checkpoint; every rank calls this, the main process writes.
 
         With `background` it returns once the tensors are copied to the host's memory, and a thread writes them; what
         goes wrong there is raised by `wait`, which the next `save` calls first.
@@ -110,10 +108,6 @@ class CheckpointStore:
             if is_main:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
-            barrier()
-            if write_rank is not None:
-                write_rank(beside)
-                barrier()
             state = {**state, "images_seen": images_seen}
             if is_main and background:
                 copied = {name: {k: _copy(v) for k, v in values.items()} for name, values in tensors.items()}

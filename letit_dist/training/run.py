@@ -145,8 +145,9 @@ def peak_memory() -> int:
 def export(trainer, **extra) -> Path:
     """Write the run's result as a pretrained folder under export/ (main process), and say where."""
     folder = trainer.run / "export" / f"images-{trainer.images_seen:012d}"
-    if trainer.is_main and not folder.exists():
-        trainer.trained.save(folder, images_seen=trainer.images_seen, **extra)
+    with trainer.whole_trained() as recipe:
+        if trainer.is_main and not folder.exists():
+            recipe.save(folder, images_seen=trainer.images_seen, **extra)
     trainer.accelerator.wait_for_everyone()
     trainer.say(f"exported to {folder} (peak memory of this process: {peak_memory()} MiB)")
     return folder

@@ -105,7 +105,7 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def configure_deepspeed(
-    accelerator: Accelerator, plan: BatchPlan, training: TrainingConfig, *, several_phases: bool
+    accelerator: Accelerator, plan: BatchPlan, training: TrainingConfig, *, several_phases: bool, inner_gradients: bool
 ) -> None:
     """Fill in what only the run knows, and refuse what would change its result in silence."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -117,14 +117,24 @@ def configure_deepspeed(
             f"the DeepSpeed JSON enables {low[0]}, which casts the parameters: use training.precision=bf16 (autocast)"
         )
     zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0) == 3:
-        raise UserError("ZeRO stage 3 is not supported: the networks are small, use stage 0, 1 or 2")
     offload = zero.get("offload_optimizer", {}).get("device", "none")
+    stale = "which repeats old gradients for networks that a phase leaves out"
+    if zero.get("stage", 0) == 3 and (several_phases or inner_gradients):
+        why = stale if several_phases else "which has no parameters at hand where a step itself takes gradients"
+        raise UserError(f"the DeepSpeed JSON asks for ZeRO stage 3, {why}: use stage 0, 1 or 2 for this recipe")
     if several_phases and offload != "none":
         raise UserError(
-            f"the DeepSpeed JSON offloads the optimiser (device {offload}), which repeats old gradients for networks "
-            "that a phase leaves out: remove zero_optimization.offload_optimizer for a recipe of several phases"
+            f"the DeepSpeed JSON offloads the optimiser (device {offload}), {stale}: "
+            "remove zero_optimization.offload_optimizer for a recipe of several phases"
         )
+    if offload not in ("none", "cpu"):
+        raise UserError(
+            f"the DeepSpeed JSON offloads the optimiser to {offload}: to cpu, or not at all (it fits into host memory)"
+        )
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        raise UserError("the DeepSpeed JSON offloads parameters: the networks are small, remove offload_param")
+    # Without it accelerate replaces the optimiser by DeepSpeed's own, with other betas and eps.
+    config["zero_force_ds_cpu_optimizer"] = False
     if training.precision == "fp64":
         raise UserError("training.precision: fp64 is for equality checks under DDP, DeepSpeed does not offer it")
     config.pop("train_batch_size", None)

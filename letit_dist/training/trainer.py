@@ -26,13 +26,7 @@ from letit_dist.recipes.base import Batch, Phase, Recipe
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
 from letit_dist.training.metrics import Means, StatsFile
-from letit_dist.training.optim import (
-    activate,
-    build_optimizer,
-    load_state_tensors,
-    require_gradients,
-    state_tensors,
-)
+from letit_dist.training.optim import activate, build_optimizer, require_gradients
 from letit_dist.training.plan import BatchPlan, plan_batches
 from letit_dist.training.setup import (
     change_deepspeed_batch,
@@ -40,6 +34,7 @@ from letit_dist.training.setup import (
     is_deepspeed,
     main_decides,
 )
+from letit_dist.training.sharded import TrainingState
 
 # Exit code of a run that was asked to stop and has saved itself: a scheduler may requeue it (EX_TEMPFAIL).
 STOPPED = 75
@@ -101,12 +96,19 @@ class Trainer:
         )
         self._require_equal_start()
         if self.deepspeed:
-            configure_deepspeed(accelerator, self.plan, training, several_phases=len(recipe.phases) > 1)
+            configure_deepspeed(
+                accelerator,
+                self.plan,
+                training,
+                several_phases=len(recipe.phases) > 1,
+                inner_gradients=recipe.inner_gradients,
+            )
         self.groups = recipe.parameter_groups()
         optimizer = build_optimizer(self.groups, recipe.config.optimizer)
         self.model, self.optimizer = accelerator.prepare(recipe, optimizer)
         # accelerate's and DeepSpeed's wrappers keep the dicts of these groups; flags and rates are set here.
         self.base_optimizer = optimizer
+        self.state = TrainingState(self.model, recipe, optimizer)
 
         self.bad_samples = 0
         self.means = Means(accelerator.device)
@@ -126,11 +128,17 @@ class Trainer:
         try:
             return self._train()
         except RuntimeError as error:
-            if self.accelerator.num_processes == 1 or not _LOST.search(str(error)):
+            reason = " ".join(str(error).split())[:200]
+            goes_on = f"{self._saved}, the same command continues from there"
+            if reason.startswith("DataLoader worker"):
+                raise UserError(
+                    f"a loader worker ended {self._doing} at {self.images_seen} images ({reason}): where memory was "
+                    f"short, lower data.workers; {goes_on}"
+                ) from error
+            if self.accelerator.num_processes == 1 or not _LOST.search(reason):
                 raise
             raise UserError(
-                f"lost the other ranks {self._doing} at {self.images_seen} images "
-                f"({' '.join(str(error).split())[:200]}); {self._saved}, the same command continues from there. "
+                f"lost the other ranks {self._doing} at {self.images_seen} images ({reason}); {goes_on}. "
                 "What a rank that ended has said stands in its own lines"
             ) from error
         finally:
@@ -162,7 +170,8 @@ class Trainer:
                 self.means.add(self.recipe.after_batch(batch))
                 before, self.images_seen = self.images_seen, self.images_seen + batch.global_batch
                 if self.average:
-                    self.average.update(self.recipe, batch.global_batch, self.images_seen)
+                    with self.state.whole():
+                        self.average.update(self.recipe, batch.global_batch, self.images_seen)
                 stop = self._agree(batch)
                 bar.update(self.images_seen - before)
 
@@ -345,16 +354,16 @@ class Trainer:
 
     def picture(self) -> None:
         """samples/images-*.png, from the averaged weights when there are any."""
-        if not self.is_main:
-            return
-        if self._preview is None:
-            batch = self.feed.preview(self._preview_count)
-            self._preview = batch.to(self.accelerator.device, self.dtype, self.memory_format)
-        recipe = self.trained
-        recipe.eval()
-        with torch.no_grad():
-            rows = recipe.samples(replace(self._preview, images_seen=self.images_seen))
-        recipe.train()
+        with self.whole_trained() as recipe:
+            if not self.is_main:
+                return
+            if self._preview is None:
+                batch = self.feed.preview(self._preview_count)
+                self._preview = batch.to(self.accelerator.device, self.dtype, self.memory_format)
+            recipe.eval()
+            with torch.no_grad():
+                rows = recipe.samples(replace(self._preview, images_seen=self.images_seen))
+            recipe.train()
         save_picture(grid(rows), self.run / "samples" / f"images-{self.images_seen:012d}.png")
 
     # ---------------------------------------------------------------- saving and resuming
@@ -364,39 +373,31 @@ class Trainer:
         """The recipe whose weights are the run's result: the average if there is one."""
         return self.average.module if self.average else self.recipe
 
+    @contextlib.contextmanager
+    def whole_trained(self) -> Iterator[Recipe]:
+        """`trained`, with every weight in full while it lasts; every rank enters."""
+        with contextlib.nullcontext() if self.average else self.state.whole():
+            yield self.trained
+
     def save(self, *, background: bool = False) -> None:
         """A checkpoint; every rank calls this. In the background, training goes on once the state is copied."""
         if self._saved_at == self.images_seen:
             return
         self.means.synchronise()
-        tensors = {"model": self.recipe.state_dict()}
-        if self.average:
-            tensors["average"] = self.average.module.state_dict()
-        write_rank = None
-        if self.deepspeed:
-            write_rank = self._write_deepspeed
-        else:
-            tensors["optimizer"] = state_tensors(self.base_optimizer, self.recipe)
-        state = {
-            "means": self.means.state(),
-            "bad_samples": self.bad_samples,
-            "ranks": self.accelerator.num_processes,
-            "deepspeed": self.deepspeed,
-            "level": self.level,
-        }
-        self.store.save(
-            self.images_seen,
-            tensors,
-            state,
-            is_main=self.is_main,
-            barrier=self.accelerator.wait_for_everyone,
-            write_rank=write_rank,
-            background=background,
-        )
+        state = {"means": self.means.state(), "bad_samples": self.bad_samples, "level": self.level}
+        with self.state.whole():
+            tensors = {"model": self.recipe.state_dict(), "optimizer": self.state.optimizer_tensors(keep=self.is_main)}
+            if self.average:
+                tensors["average"] = self.average.module.state_dict()
+            self.store.save(
+                self.images_seen,
+                tensors,
+                state,
+                is_main=self.is_main,
+                barrier=self.accelerator.wait_for_everyone,
+                background=background,
+            )
         self._saved_at = self.images_seen
-
-    def _write_deepspeed(self, folder: Path) -> None:
-        self.model.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one. The main process decides which; all load it."""
@@ -425,20 +426,8 @@ class Trainer:
         return f"the newest checkpoint is at {self._saved_at} images" if self._saved_at > 0 else "none is saved yet"
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        load_exactly(self.recipe, checkpoint.tensors("model"), checkpoint.folder)
+        where = str(checkpoint.folder)
+        self.state.load_weights(checkpoint.tensors("model"), where)
         if self.average:
-            load_exactly(self.average.module, checkpoint.tensors("average"), checkpoint.folder)
-        if checkpoint.state["deepspeed"] != self.deepspeed:
-            was, now = ("DeepSpeed", "DDP") if checkpoint.state["deepspeed"] else ("DDP", "DeepSpeed")
-            raise UserError(f"{checkpoint.folder} was saved under {was}, this run is under {now}: launch it as before")
-        if not self.deepspeed:
-            tensors = checkpoint.tensors("optimizer")
-            load_state_tensors(self.base_optimizer, self.recipe, tensors, str(checkpoint.folder))
-            return
-        ranks = checkpoint.state["ranks"]
-        if ranks != self.accelerator.num_processes:
-            raise UserError(
-                f"{checkpoint.folder} was saved by {ranks} DeepSpeed ranks, this run has "
-                f"{self.accelerator.num_processes}: sharded optimiser state loads on the same number only"
-            )
-        self.model.load_checkpoint(str(checkpoint.folder), tag="deepspeed")
+            load_exactly(self.average.module, checkpoint.tensors("average"), where)
+        self.state.load_optimizer(checkpoint.tensors("optimizer"), where)
