@@ -33,6 +33,11 @@ def _orders(seed: int, count: int, purpose: str) -> Callable[[int], np.ndarray]:
     return lru_cache(maxsize=2)(lambda epoch: _permutation(seed, epoch, count, purpose))
 
 
+def forget() -> None:
+    """Drop the orders that are kept, as in a process that has just started."""
+    _orders.cache_clear()
+
+
 def permutation(seed: int, epoch: int, count: int, purpose: str = "order") -> np.ndarray:
     """The order of one epoch: read-only int64 (count,), the same on every platform and NumPy version."""
     return _orders(seed, count, purpose)(epoch)

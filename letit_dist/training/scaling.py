@@ -1,0 +1,109 @@
+"""Where a run stops gaining from more ranks: the operations of a step against the gradients that ranks exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from letit_dist.config import PretrainConfig
+from letit_dist.recipes.base import Batch, Level, Recipe
+
+_COUNTED = 2  # images of the pass that is counted
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the model takes as given. Rates are sustained ones, of a GPU, in units a second."""
+
+    operations: float = 3e13
+    inside: float = 2e11  # bytes between GPUs of a machine
+    between: float = 2e10  # bytes between machines, a GPU's share
+    machine: int = 8  # GPUs in one
+    latency: float = 2e-5  # seconds a collective takes, for each doubling of the ranks
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """One phase of one level."""
+
+    name: str
+    operations: float  # an image, forward and backward: a multiplication with its addition counts as two
+    gradients: int  # bytes of the gradients that ranks exchange, once a step
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """A step on some ranks, in seconds; efficiency is the share of the time in which a rank computes."""
+
+    ranks: int
+    images: int  # a rank
+    compute: float
+    exchange: float
+
+    @property
+    def worst(self) -> float:
+        """If no exchange is hidden behind the backward pass."""
+        return self.compute / (self.compute + self.exchange)
+
+    @property
+    def best(self) -> float:
+        """If all of it is."""
+        return self.compute / max(self.compute, self.exchange)
+
+
+class _Operations(TorchDispatchMode):
+    """Sums what torch's own table says of each product; torch's counter of modules stumbles over inner gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def step_costs(build: Callable[[], Recipe], config: PretrainConfig, levels: Sequence[Level]) -> list[list[PhaseCost]]:
+    """By level, the phases; counted by running them on tensors that have shapes and no memory.
+
+    Convolutions and matrix products count, as everywhere; what is done elementwise does not.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        recipe = build()
+    recipe.eval()  # codebook statistics read numbers, and there are none
+    wide = 8 if config.training.precision == "fp64" else 4
+    # DDP exchanges the gradients of everything it wraps; those of networks outside a phase as zeros.
+    gradients = wide * sum(parameter.numel() for parameter in recipe.parameters())
+    costs = []
+    for level in levels:
+        side = level.resolution or config.autoencoder.resolution
+        with mode:
+            images = torch.empty(_COUNTED, 3, side, side)
+        batch = Batch({"images": images}, torch.arange(_COUNTED), level.start, _COUNTED)
+        costs.append([])
+        for phase in recipe.phases:
+            with mode, _Operations() as counter:
+                recipe(phase.name, batch).loss.backward()
+            recipe.zero_grad(set_to_none=True)
+            costs[-1].append(PhaseCost(phase.name, counter.total / _COUNTED / phase.every, gradients // phase.every))
+    return costs
+
+
+def efficiency(costs: Sequence[PhaseCost], batch: int, ranks: int, cluster: Cluster) -> Efficiency:
+    """A step of `batch` images on `ranks`; each phase ends with one ring all-reduce of its gradients."""
+    images = batch // ranks
+    compute = sum(cost.operations for cost in costs) * images / cluster.operations
+    rate = cluster.inside if ranks <= cluster.machine else cluster.between
+    exchange = 0.0
+    if ranks > 1:
+        moved = 2 * (ranks - 1) / ranks * sum(cost.gradients for cost in costs)
+        exchange = moved / rate + len(costs) * cluster.latency * (ranks - 1).bit_length()
+    return Efficiency(ranks, images, compute, exchange)

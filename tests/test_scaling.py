@@ -1,0 +1,117 @@
+"""Reading by simulation and a step by a model: against a reader, against counts by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from programs import run as program
+
+from letit_dist.autoencoders.base import build_autoencoder
+from letit_dist.config import PretrainConfig, load_config
+from letit_dist.data import order
+from letit_dist.data.index import Index
+from letit_dist.data.reader import ShardDataset
+from letit_dist.data.simulation import Layout, simulate
+from letit_dist.errors import UserError
+from letit_dist.registry import RECIPES
+from letit_dist.training.scaling import Cluster, PhaseCost, efficiency, step_costs
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_every_sample_comes_once_and_every_byte_is_counted(ranks):
+    layout = Layout.like(1003, 5000, 7)
+    found = simulate(layout, 16, ranks)
+    assert (found.twice, found.never, found.images) == (0, 0, 16 // ranks)
+    assert found.bytes[0] * ranks <= layout.sizes.sum() <= found.bytes[1] * ranks
+    if ranks == 1:
+        assert found.bytes == (layout.sizes.sum(),) * 2 and found.shards == (7, 7) and found.straggler == 1
+    else:
+        assert found.bytes[0] < found.bytes[1] and found.straggler > 1.05
+
+
+def test_a_reader_that_deals_wrongly_is_seen(monkeypatch):
+    """The simulation asks the reader's functions: break them, and samples go missing."""
+    monkeypatch.setattr(
+        order, "rank_positions", lambda seen, batch, rank, world: np.arange(seen, seen + batch // world)
+    )
+    found = simulate(Layout.like(96, 100, 3), 8, 4)
+    assert found.twice > 20 and found.never > 20
+
+
+def test_the_layout_is_that_of_the_index(fruit_shards):
+    folder = fruit_shards / "apple" / "train"
+    layout, dataset = Layout.of(Index.read(folder)), ShardDataset([folder])
+    assert len(layout.sizes) == len(dataset)
+    for sample, size in enumerate(layout.sizes):
+        assert size == dataset.indexes[0].files(sample)["png"][1]
+
+
+def test_operations_are_those_of_the_layers():
+    """A beta-VAE: a layer costs 2 x weights x positions, thrice with the backward pass, and the first one twice."""
+    config = load_config(PretrainConfig, "configs/debug/beta_vae.yaml")
+    recipe = RECIPES.get("beta_vae")
+
+    def build():
+        return recipe(config.recipe, build_autoencoder(config.autoencoder), seed=0, precision="fp32")
+
+    ((cost,),) = step_costs(build, config, config.recipe.levels(config.autoencoder))
+    made = build()
+    assert cost.gradients == 4 * sum(p.numel() for p in made.parameters())
+    counted = []
+
+    def count(module, inputs, output):
+        layers = {torch.nn.Conv2d: output, torch.nn.ConvTranspose2d: inputs[0], torch.nn.Linear: output}
+        positions = layers[type(module)]
+        positions = positions.shape[2:].numel() if positions.ndim == 4 else 1
+        counted.append(2 * module.weight.numel() * positions)
+
+    for module in made.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)):
+            module.register_forward_hook(count)
+    network = made.autoencoder
+    network.decode(network.encode(torch.zeros(1, 3, 64, 64)))
+    assert cost.operations == 3 * sum(counted) - counted[0]
+
+
+def test_efficiency_by_hand():
+    costs = [PhaseCost("one", 1e12, 400), PhaseCost("two", 1e12, 400)]
+    cluster = Cluster(operations=1e13, inside=100.0, between=10.0, machine=4, latency=0.5)
+    alone = efficiency(costs, 8, 1, cluster)
+    assert (alone.images, alone.compute, alone.exchange, alone.worst, alone.best) == (8, 1.6, 0.0, 1.0, 1.0)
+    four = efficiency(costs, 8, 4, cluster)
+    assert four.compute == pytest.approx(0.4) and four.exchange == pytest.approx(2 * 0.75 * 800 / 100 + 2 * 0.5 * 2)
+    eight = efficiency(costs, 8, 8, cluster)
+    assert eight.exchange == pytest.approx(2 * 7 / 8 * 800 / 10 + 2 * 0.5 * 3)
+    assert eight.worst == pytest.approx(eight.compute / (eight.compute + eight.exchange))
+    assert math.isclose(eight.best, eight.compute / eight.exchange)
+
+
+def test_the_program(fruit_shards):
+    done = program(
+        "eval/scaling.py", "data", "--shards-of", fruit_shards / "apple/train", "--batch", 8, "--ranks", 1, 4
+    )
+    assert done.code == 0 and done.out.count("\n") == 4 and "| 4     | 2 " in done.out
+    step = program("eval/scaling.py", "step", "configs/debug/beta_vae.yaml", "training.batch=6", "--ranks", 2, 4)
+    assert step.code == 0 and "the batch does not divide" in step.out.splitlines()[-1]
+    assert "100%" not in step.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("data", "--batch", 8), "give --shards-of, or all of"),
+        (("data", "--batch", 8, "--samples", 4, "--bytes", 10, "--shards", 5), "4 samples of 10 bytes in 5 shards"),
+        (("data", "--batch", 8, "--samples", 40, "--bytes", 10, "--shards", 5, "--ranks", 3), "cannot be dealt"),
+        (("data", "--batch", 0, "--samples", 40, "--bytes", 10, "--shards", 5), "--batch must be at least 1"),
+        (("step", "configs/debug/beta_vae.yaml", "--inside", 0), "--inside must be above 0"),
+    ],
+)
+def test_bad_options(options, message):
+    done = program("eval/scaling.py", *options)
+    assert done.code == 2 and message in done.err and len(done.errors) == 1
+
+
+def test_batches_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="cannot be dealt to 3 ranks"):
+        simulate(Layout.like(40, 10, 2), 8, 3)
