@@ -17,7 +17,7 @@ from letit_dist.data import transforms
 from letit_dist.data.index import INDEX_NAME, JOURNAL_NAME
 from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import permutation, rank_positions
-from letit_dist.data.reader import BadSamples, ImageBatch, augment
+from letit_dist.data.reader import BadSamples, ImageBatch, augment, stack
 from letit_dist.data.sizes import choose, images_of
 from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage
 from letit_dist.errors import UserError
@@ -129,7 +129,7 @@ class _Stream(IterableDataset):
             if len(pixels) == share:
                 at = rank_positions(o["start"] + turn * o["batch"], o["batch"], o["rank"], o["world"])
                 positions = torch.from_numpy(at)
-                augmented = augment(torch.stack(pixels), positions, o["seed"], o["flip"], o["grayscale"])
+                augmented = augment(stack(pixels), positions, o["seed"], o["flip"], o["grayscale"])
                 yield ImageBatch(augmented, positions, list(bad))
                 bad.clear()
                 pixels.clear()
