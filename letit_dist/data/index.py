@@ -109,7 +109,8 @@ class Index:
         self._offsets = np.asarray(columns["offsets"], dtype=np.int64)
         self._sizes = np.asarray(columns["sizes"], dtype=np.int64)
         self._shard_ends = list(itertools.accumulate(shard.samples for shard in self.shards))
-        self._paths = tuple(folder / shard.name for shard in self.shards)
+        # Remote folders name their own.
+        self.paths = tuple(folder / shard.name for shard in self.shards) if isinstance(folder, Path) else ()
         counts = {len(encoded), len(self._layout), self._shard_ends[-1] if self.shards else 0}
         if len(counts) != 1 or not self._starts[-1] == len(self._offsets) == len(self._sizes):
             raise ValueError("the columns do not have the same length")
@@ -130,7 +131,7 @@ class Index:
         return bisect.bisect_right(self._shard_ends, sample)
 
     def path_of(self, sample: int) -> Path:
-        return self._paths[self.shard_of(sample)]
+        return self.paths[self.shard_of(sample)]
 
     @property
     def well_formed(self) -> bool:
@@ -167,10 +168,22 @@ class Index:
         folder = Path(folder)
         path = folder / INDEX_NAME
         try:
-            tree = json.loads(path.read_bytes())
+            data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_missing(folder)) from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{path}: not readable: {error}") from None
+        index = cls.parse(data, folder, str(path))
+        if problems := index._size_problems():
+            raise UserError("\n".join(problems))
+        return index
+
+    @classmethod
+    def parse(cls, data: bytes, folder: Any, path: str) -> Index:
+        """The index in the bytes of `path`, of a folder that may be remote; raises UserError for what is none."""
+        try:
+            tree = json.loads(data)
+        except ValueError as error:
             raise UserError(f"{path}: not readable: {error}") from None
         version = tree.get("format") if isinstance(tree, dict) else None
         if not isinstance(version, int):
@@ -187,8 +200,6 @@ class Index:
             index._fill(folder, tree["kind"], shards, tree["samples"], tree["meta"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
-        if problems := index._size_problems():
-            raise UserError("\n".join(problems))
         return index
 
     def _size_problems(self) -> list[str]:

@@ -22,6 +22,7 @@ from letit_dist.data import transforms
 from letit_dist.data.index import Files, Index
 from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import rank_positions, sample_at
+from letit_dist.data.remote import BlockCache, RemoteShard, is_url, read_index
 from letit_dist.data.sizes import choose, images_of
 from letit_dist.data.transforms import UnreadableImage
 from letit_dist.errors import UserError
@@ -33,17 +34,28 @@ REPLACEMENTS = 32
 class ShardDataset:
     """The samples of one or more shard folders, one folder after another. Safe to fork and to pickle.
 
+    A folder on a server (https://, s3://, ...) is read through `cache`, or the usual one.
+
     With `resolution`, images are of that size: the stored one where a sample has it, or else the next larger one
     reduced by the box filter. Raises UserError for shards that are smaller. With `scaled_decode`, a JPEG of 2, 4 or 8
     times the size is decoded at that size, which is faster and gives slightly other pixels (`decode_reduced`).
     """
 
-    def __init__(self, paths: Sequence[str | Path], resolution: int | None = None, *, scaled_decode: bool = False):
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        resolution: int | None = None,
+        *,
+        scaled_decode: bool = False,
+        cache: BlockCache | None = None,
+    ):
         if isinstance(paths, (str, Path)):
             paths = [paths]
         if not paths:
             raise UserError("no shard folder was given")
-        self.indexes = [Index.read(path) for path in paths]
+        if any(map(is_url, paths)):
+            cache = cache or BlockCache()
+        self.indexes = [read_index(str(path), cache) if is_url(path) else Index.read(path) for path in paths]
         self._ends = np.cumsum([len(index) for index in self.indexes]).tolist()
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._asked = resolution
@@ -89,7 +101,9 @@ class ShardDataset:
         wanted = files if extensions is None else extensions
         return {name: self._pread(index.path_of(local), *files[name]) for name in wanted}
 
-    def _pread(self, path: Path, offset: int, size: int) -> bytes:
+    def _pread(self, path: Path | RemoteShard, offset: int, size: int) -> bytes:
+        if isinstance(path, RemoteShard):
+            return path.read(offset, size)
         try:
             handle = self._open.get(path)
             if handle is None:
@@ -378,13 +392,15 @@ def batches(
     return unwrap(iter(loader(_InOrder(dataset), cuts, workers)))
 
 
-def open_stream(paths: Sequence[str | Path], *, scaled_decode: bool = False, **options: Any) -> Any:
+def open_stream(
+    paths: Sequence[str | Path], *, scaled_decode: bool = False, cache: BlockCache | None = None, **options: Any
+) -> Any:
     """ImageStream over indexed folders, ForeignStream over tars without an index; the same options and batches."""
     from letit_dist.data.foreign import ForeignStream, is_foreign
 
     foreign = [path for path in paths if is_foreign(path)]
     if not foreign:
-        return ImageStream(ShardDataset(paths, scaled_decode=scaled_decode), **options)
+        return ImageStream(ShardDataset(paths, scaled_decode=scaled_decode, cache=cache), **options)
     if scaled_decode:
         raise UserError(f"data.scaled_decode has no effect on {foreign[0]}, which has no index.json: leave it out")
     if len(foreign) < len(paths):

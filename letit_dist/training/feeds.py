@@ -11,8 +11,10 @@ from letit_dist.config import ImagesConfig
 from letit_dist.data.foreign import is_foreign
 from letit_dist.data.latents import LatentPairs, LatentSet, PairBatch, pairs_of
 from letit_dist.data.reader import ShardDataset, open_stream
+from letit_dist.data.remote import BlockCache, is_url
 from letit_dist.data.transforms import UnreadableImage, to_images
 from letit_dist.errors import UserError
+from letit_dist.memory import GIB
 from letit_dist.recipes.base import Batch
 
 
@@ -33,8 +35,12 @@ class ImageFeed:
         self.config = config
         self.seed = seed
         self.device = torch.device("cpu")
+        cache = None
+        if any(map(is_url, config.train)):
+            cache = BlockCache(config.cache, int(config.cache_gib * GIB))
+        self._reading = {"scaled_decode": config.scaled_decode, "cache": cache}
         self.foreign = any(is_foreign(path) for path in config.train)
-        self.dataset = None if self.foreign else ShardDataset(config.train, scaled_decode=config.scaled_decode)
+        self.dataset = None if self.foreign else ShardDataset(config.train, **self._reading)
         self.resolution = None
         if self.dataset is not None and resolution is not None and self.dataset.stores(resolution):
             self.dataset, self.resolution = self.dataset.at(resolution), resolution
@@ -47,7 +53,7 @@ class ImageFeed:
     def _stream(self, images_seen: int, batch: int, rank: int, ranks: int, workers: int, **augmentation):
         return open_stream(
             self.config.train,
-            scaled_decode=self.config.scaled_decode,
+            **self._reading,
             seed=self.seed,
             batch=batch,
             rank=rank,
