@@ -2,13 +2,16 @@
 """How fast, and in how much memory: the naive formulation of a piece of work against ours.
 
     python eval/throughput.py alae --threads 1 --out docs/benchmarks
+    python eval/throughput.py data --out docs/benchmarks
 
 Both sides run in this process, in turns, after their results were found to agree. The table gives the median seconds
 of each, the ratio naive / ours of each pair (median and quartiles; above 1, ours is faster), and the peak memory of
-each: all tensors that live at once, weights and optimiser state included. On a GPU the clock is the GPU's own.
+each. On a GPU the clock is the GPU's own.
 
   alae    a training iteration (three phases with their optimiser steps, the average of the weights): the published
           formulation, eval/naive_alae.py, against the trainer
+  data    reading images for training, on one core: ImageFolder, Pillow, Resize and ToTensor over JPEG files against
+          the reader over shards of the same; then how long an index takes to load, and memory over many samples
 """
 
 from __future__ import annotations
@@ -74,8 +77,66 @@ def alae(args: argparse.Namespace) -> Iterator:
             yield Match(f"{config.resolution} pixels", sides.naive_side, sides.our_side, agree)
 
 
+def data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", type=int, default=32, metavar="N", help="JPEG files that a timed run reads once (default: 32)")
+    add("--batch", type=int, default=16, metavar="N", help="images a batch (default: 16)")
+    add("--side", type=int, default=1024, metavar="PIXELS", help="of the files; the small ones have a quarter (1024)")
+    add("--entries", type=int, default=70_000, metavar="N", help="of the index that is loaded (default: 70000)")
+    add("--samples", type=int, default=100_000, metavar="N", help="read for the line on memory (default: 100000)")
+
+
+def data(args: argparse.Namespace) -> Iterator:
+    """Reading at both sizes, then two facts."""
+    at_least_one(args, "images", "batch", "entries", "samples")
+    if given := [f"--{name}" for name in ("bf16", "compile") if getattr(args, name)]:
+        raise UserError(f"{' and '.join(given)} has no effect on data: leave it out")
+    if args.device == "cuda":
+        raise UserError("--device cuda has no effect on data, which is read by CPUs: leave it out")
+    if args.images % args.batch:
+        raise UserError(f"--images {args.images}: must be a multiple of --batch {args.batch}")
+    if args.side < 64 or args.side & (args.side - 1):
+        raise UserError(f"--side {args.side}: must be a power of two from 64 on")
+    import statistics
+    import warnings
+
+    import torch
+    from data_sides import DataSides, large_index, resident_over
+
+    from letit_dist.data.index import Index
+    from letit_dist.evaluation.benchmark import Fact, Match, clock, core_seconds, resident_peak
+
+    torch.set_num_threads(args.threads or 1)
+    warnings.filterwarnings("ignore", message="[\\s\\S]*decod", category=UserWarning, module="torchvision")
+    with tempfile.TemporaryDirectory() as folder:
+        sides = DataSides(Path(folder) / "data", args.images, args.batch, args.side)
+        large, small = sides.side, sides.small
+        usual = {side: sides.usual(side) for side in (small, large)}
+
+        def row(name, side, ours, agree, target=None):
+            counted = {"images": args.images, "memory": resident_peak, "seconds": core_seconds}
+            return Match(name, usual[side], ours, agree, target=target, **counted)
+
+        both, only = f"{small} beside {large}", f"{small} from {large}"
+        yield row(both, small, sides.ours("both", small), sides.close("both", small, 35), 20)
+        yield row(f"{only}, exact", small, sides.ours("only", small), sides.equal("only", small))
+        scaled = {"scaled_decode": True}
+        agree = sides.close("only", small, 45, **scaled)
+        yield row(f"{only}, scaled_decode", small, sides.ours("only", small, **scaled), agree, 3)
+        yield row(f"{large}", large, sides.ours("only", large), sides.equal("only", large), 2.5)
+        floats = sides.ours("only", large, floats=True)
+        yield row(f"{large}, floats on the CPU too", large, floats, sides.equal("only", large))
+        yield Fact("a file", f"{sides.bytes / args.images / 1000:.0f} kB, JPEG q95 4:4:4 of {large} pixels")
+        path = large_index(Path(folder) / "index", args.entries)
+        took = statistics.median(clock("cpu")(lambda: Index.read(path)) for _ in range(5))
+        yield Fact(f"index of {args.entries} samples of five files", f"loaded in {took:.2f} s (target: below 1)")
+        points = resident_over(Path(folder) / "tiny", args.samples)
+        shown = ", ".join(f"{size / 2**20:.1f} after {read}" for read, size in points)
+        yield Fact("resident memory, MiB, samples of 16 pixels", shown)
+
+
 # name -> (its options, a generator of its matches)
-BENCHMARKS = {"alae": (alae_options, alae)}
+BENCHMARKS = {"alae": (alae_options, alae), "data": (data_options, data)}
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
@@ -121,14 +182,17 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {args.out} is a file, expected a folder")
     import torch
 
-    from letit_dist.evaluation.benchmark import Report, machine, measure
+    from letit_dist.evaluation.benchmark import Fact, Report, machine, measure
     from letit_dist.training.run import environment
 
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = []
+    results, facts = [], []
     for match in BENCHMARKS[args.command][1](args):
+        if isinstance(match, Fact):
+            facts.append(match)
+            continue
         # A compiler sees several variants of an iteration (with and without style mixing) before it comes to rest.
         warmup = 5 if args.compile else 1
         # Buffers of compiled code on a CPU are not seen by anybody.
@@ -144,9 +208,12 @@ def main(argv: list[str] | None = None) -> int:
         commit=environment()["commit"],
         machine=machine(device),
         results=results,
+        facts=facts,
         settings={name: value for name, value in vars(args).items() if name not in hidden},
     )
     print(report.table())
+    for fact in facts:
+        print(fact)
     if args.out:
         print(f"report: {report.write(args.out, args.command)}")
     return 0

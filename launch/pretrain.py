@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     seed_weights(config.training.seed)
     recipe = build()
     accelerator = create_accelerator(several_phases=len(recipe.phases) > 1, timeout=config.training.timeout)
+    feed.device = accelerator.device
     main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(
         accelerator,

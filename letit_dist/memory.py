@@ -101,6 +101,13 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
+def resident_peak_of(function: Callable[[], object]) -> int:
+    """The most memory of this process that is in use while `function()` runs; OSError if the system does not tell."""
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of resident memory starts anew
+    function()
+    return _status("VmHWM")
+
+
 def cost_of(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Bytes that `function()` takes while it runs and gives back: tensors, and workspaces as far as they show."""
     if torch.device(device).type != "cpu":

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from letit_dist import rng
+from letit_dist.data import transforms
 from letit_dist.data.order import sample_at
-from letit_dist.data.reader import BadSamples, ImageStream, ShardDataset, batches, open_stream
+from letit_dist.data.reader import BadSamples, ImageStream, ShardDataset, batches, open_stream, stack
 from letit_dist.data.transforms import encode
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
@@ -300,3 +301,57 @@ def test_indexed_and_foreign_shards_do_not_mix(tmp_path, folders):
     assert open_stream(folders, seed=0, batch=4).notice is None
     with pytest.raises(UserError, match="cannot be mixed in one stream"):
         open_stream([folders[0], foreign(tmp_path / "x")], seed=0, batch=4)
+
+
+# Decoding at a fraction of the size
+
+
+def photo(number, side=64):
+    coarse = Image.fromarray(picture(number).permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(coarse)).permute(2, 0, 1)
+
+
+def test_scaled_decoding_is_asked_for(tmp_path):
+    with ShardWriter(tmp_path, meta={"resolution": 64}) as writer:
+        for number in range(8):
+            writer.write(f"{number}", {"jpg": encode(photo(number), "jpeg")})
+    exact, scaled = ShardDataset([tmp_path], 16), ShardDataset([tmp_path], 16, scaled_decode=True)
+    for number in range(8):
+        whole = transforms.decode(exact.read(number)["jpg"])
+        assert torch.equal(exact.pixels(number), transforms.resize_crop(whole, 16))
+        assert torch.equal(scaled.pixels(number), transforms.decode_reduced(scaled.read(number)["jpg"], 64, 16))
+        assert not torch.equal(scaled.pixels(number), exact.pixels(number))
+        assert torch.equal(scaled.pixels(number, 64), whole)
+    plain, other = (
+        next(iter(open_stream([tmp_path], seed=3, batch=8, resolution=16, scaled_decode=scaled_decode))).pixels
+        for scaled_decode in (False, True)
+    )
+    assert 0 < (plain.float() - other.float()).abs().mean() < 2
+
+
+def test_scaled_decoding_hides_no_wrong_size(tmp_path):
+    with ShardWriter(tmp_path, meta={"resolution": 64}) as writer:
+        writer.write("a", {"jpg": encode(photo(0), "jpeg")})
+        writer.write("b", {"jpg": encode(photo(1, 32), "jpeg")})
+    stream = ImageStream(ShardDataset([tmp_path], scaled_decode=True), seed=0, batch=2, resolution=16)
+    with pytest.raises(UserError, match="b: the image is 32x32, the others are 64x64"):
+        next(iter(stream))
+
+
+def test_scaled_decoding_is_refused_where_it_does_nothing(tmp_path):
+    write(tmp_path, range(5))
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match=r"scaled_decode has no effect on .*no index.json"):
+        open_stream([tmp_path], seed=0, batch=1, scaled_decode=True)
+
+
+def test_a_batch_lies_as_its_images_lie(tmp_path):
+    """Interleaved colours are copied, not reordered; a mixture is row-major. The pixels are the same."""
+    interleaved = [picture(n).permute(1, 2, 0).contiguous().permute(2, 0, 1) for n in range(3)]
+    batch = stack(interleaved)
+    assert batch.is_contiguous(memory_format=torch.channels_last) and not batch.is_contiguous()
+    assert torch.equal(batch, torch.stack([picture(n) for n in range(3)]))
+    mixed = stack([interleaved[0], picture(1)])
+    assert mixed.is_contiguous() and torch.equal(mixed, batch[:2])
+    images = transforms.to_images(batch)
+    assert images.is_contiguous() and torch.equal(images, transforms.to_images(batch.contiguous()))

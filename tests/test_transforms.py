@@ -37,7 +37,7 @@ def test_lossless_formats_are_exact(format, options):
 
 def test_jpeg_is_close_and_grey_is_repeated():
     pixels = decode(saved(smooth() // 4, "JPEG", quality=98, subsampling=0))
-    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 24, 32) and pixels.is_contiguous()
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 24, 32) and pixels.permute(1, 2, 0).is_contiguous()
     assert np.abs(hwc(pixels).astype(int) - smooth() // 4).max() <= 8
     grey = decode(saved(smooth()[:, :, 0], "PNG"))
     assert (grey == torch.from_numpy(smooth()[:, :, 0])).all()
@@ -202,10 +202,41 @@ def test_images_and_pixels():
 def test_flip_and_grayscale_follow_their_masks():
     pixels = torch.from_numpy(np.stack([smooth()] * 2)).permute(0, 3, 1, 2)
     mask = torch.tensor([True, False])
-    flipped, grey = transforms.flip(pixels, mask), transforms.grayscale(pixels, mask)
+    flipped, grey = pixels.clone(), pixels.clone()
+    transforms.flip_(flipped, mask)
+    transforms.grayscale_(grey, mask)
     assert torch.equal(flipped[0], pixels[0].flip(-1)) and torch.equal(flipped[1], pixels[1])
     assert torch.equal(grey[1], pixels[1]) and grey.dtype == torch.uint8
     assert (
         hwc(grey[0])[:, :, 0].astype(int) - np.asarray(Image.fromarray(smooth()).convert("L"), int)
     ).__abs__().max() <= 1
     assert (grey[0] == grey[0, :1]).all()
+
+
+# Decoding at a fraction of the size
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_a_reduced_jpeg_is_near_its_average(factor):
+    image = Image.fromarray(smooth(64, 64) // 2 + 60).resize((256, 256), Image.Resampling.BICUBIC)
+    for mode, options in (("RGB", {"subsampling": 0}), ("RGB", {"subsampling": 2, "progressive": True}), ("L", {})):
+        data = saved(image, "JPEG", mode, quality=95, **options)
+        found, expected = transforms.decode_reduced(data, 256, 256 // factor), resize_crop(decode(data), 256 // factor)
+        assert found.shape == expected.shape and found.dtype == torch.uint8
+        error = (found.float() - expected.float()).square().mean().sqrt()
+        assert 0 < error < 3 and not torch.equal(found, expected)
+
+
+def test_only_what_can_be_reduced_is_reduced():
+    reduced = transforms.decode_reduced
+    picture = Image.fromarray(smooth(64, 64))
+    data = saved(picture, "JPEG")
+    assert reduced(data, 64, 16).shape == (3, 16, 16)
+    for side, resolution in ((64, 64), (64, 4), (128, 32), (64, 48)):  # as large; 1/16; not its size; no power of two
+        assert reduced(data, side, resolution) is None
+    assert reduced(saved(picture, "PNG"), 64, 16) is None
+    assert reduced(saved(picture.convert("CMYK"), "JPEG"), 64, 16) is None
+    assert reduced(saved(Image.fromarray(smooth(64, 32)), "JPEG"), 64, 16) is None
+    assert reduced(data[:100], 64, 16) is None  # no size in it: `decode` says what is wrong
+    with pytest.raises(UnreadableImage, match="truncated"):
+        reduced(data[: len(data) // 2], 64, 16)

@@ -18,6 +18,7 @@ from letit_dist.data.latents import FIELDS
 from letit_dist.data.loading import loader
 from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset
+from letit_dist.data.remote import is_url
 from letit_dist.data.similarity import Pictures, difference_hash, pixel_digest, shared
 from letit_dist.data.transforms import UnreadableImage
 from letit_dist.errors import UserError
@@ -98,6 +99,8 @@ class _Describe:
 
 def check(folder: str | Path, workers: int = 0) -> CheckResult:
     """Read everything once. Faults are collected; a folder that cannot be opened at all raises UserError."""
+    if is_url(folder):
+        raise UserError(f"{folder}: only folders on this machine are checked: copy it here first")
     dataset = ShardDataset([folder])
     index = dataset.indexes[0]
     problems = []

@@ -17,7 +17,8 @@ from letit_dist.data import transforms
 from letit_dist.data.index import INDEX_NAME, JOURNAL_NAME
 from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import permutation, rank_positions
-from letit_dist.data.reader import BadSamples, ImageBatch, augment
+from letit_dist.data.reader import BadSamples, ImageBatch, augment, stack
+from letit_dist.data.remote import is_url
 from letit_dist.data.sizes import choose, images_of
 from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage
 from letit_dist.errors import UserError
@@ -26,17 +27,13 @@ from letit_dist.rng import seed_for
 SHUFFLE = 200  # encoded samples a worker holds to mix neighbours
 
 
-def _is_url(path: str | Path) -> bool:
-    return "://" in str(path)
-
-
 def is_foreign(path: str | Path) -> bool:
-    """A tar, a pattern, a URL, or a folder of tars that never had an index."""
+    """A tar or a pattern, here or on a server, or a folder of tars that never had an index."""
     folder = Path(path)
     if folder.is_dir():
         known = (folder / INDEX_NAME).exists() or (folder / JOURNAL_NAME).exists()
         return not known and any(folder.glob("*.tar"))
-    return _is_url(path) or str(path).endswith(".tar") or any(c in str(path) for c in "*?[{")
+    return str(path).endswith(".tar") or any(c in str(path) for c in "*?[{")
 
 
 def expand(paths: Sequence[str | Path]) -> list[str]:
@@ -47,12 +44,12 @@ def expand(paths: Sequence[str | Path]) -> list[str]:
     for path in map(str, paths):
         if Path(path).is_dir():
             found = sorted(map(str, Path(path).glob("*.tar")))
-        elif _is_url(path):
+        elif is_url(path):
             found = list(braceexpand.braceexpand(path))
         else:
             names = list(braceexpand.braceexpand(path))
             found = [shard for name in names for shard in (sorted(glob.glob(name)) if "*" in name else [name])]
-        missing = [shard for shard in found if not _is_url(shard) and not Path(shard).is_file()]
+        missing = [shard for shard in found if not is_url(shard) and not Path(shard).is_file()]
         if missing or not found:
             raise UserError(f"no such tar: {missing[0] if missing else path}")
         shards += found
@@ -129,7 +126,7 @@ class _Stream(IterableDataset):
             if len(pixels) == share:
                 at = rank_positions(o["start"] + turn * o["batch"], o["batch"], o["rank"], o["world"])
                 positions = torch.from_numpy(at)
-                augmented = augment(torch.stack(pixels), positions, o["seed"], o["flip"], o["grayscale"])
+                augmented = augment(stack(pixels), positions, o["seed"], o["flip"], o["grayscale"])
                 yield ImageBatch(augmented, positions, list(bad))
                 bad.clear()
                 pixels.clear()

@@ -15,7 +15,9 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
+import itertools
 import json
 import re
 import tarfile
@@ -106,8 +108,10 @@ class Index:
         self._starts = np.concatenate([[0], np.cumsum(lengths[self._layout])]).astype(np.int64)
         self._offsets = np.asarray(columns["offsets"], dtype=np.int64)
         self._sizes = np.asarray(columns["sizes"], dtype=np.int64)
-        self._shard_ends = np.cumsum([shard.samples for shard in self.shards])
-        counts = {len(encoded), len(self._layout), int(self._shard_ends[-1]) if self.shards else 0}
+        self._shard_ends = list(itertools.accumulate(shard.samples for shard in self.shards))
+        # Remote folders name their own.
+        self.paths = tuple(folder / shard.name for shard in self.shards) if isinstance(folder, Path) else ()
+        counts = {len(encoded), len(self._layout), self._shard_ends[-1] if self.shards else 0}
         if len(counts) != 1 or not self._starts[-1] == len(self._offsets) == len(self._sizes):
             raise ValueError("the columns do not have the same length")
 
@@ -124,13 +128,19 @@ class Index:
         return {name: (int(self._offsets[first + i]), int(self._sizes[first + i])) for i, name in enumerate(names)}
 
     def shard_of(self, sample: int) -> int:
-        return int(np.searchsorted(self._shard_ends, sample, side="right"))
+        return bisect.bisect_right(self._shard_ends, sample)
 
     def path_of(self, sample: int) -> Path:
-        return self.folder / self.shards[self.shard_of(sample)].name
+        return self.paths[self.shard_of(sample)]
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether our packer encoded these images itself, and not somebody else's program."""
+        pack = self.meta.get("pack")
+        return pack is not None and pack.get("format") != "original"
 
     def samples_of(self, shard: int) -> range:
-        end = int(self._shard_ends[shard])
+        end = self._shard_ends[shard]
         return range(end - self.shards[shard].samples, end)
 
     def write(self) -> None:
@@ -158,10 +168,22 @@ class Index:
         folder = Path(folder)
         path = folder / INDEX_NAME
         try:
-            tree = json.loads(path.read_bytes())
+            data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_missing(folder)) from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{path}: not readable: {error}") from None
+        index = cls.parse(data, folder, str(path))
+        if problems := index._size_problems():
+            raise UserError("\n".join(problems))
+        return index
+
+    @classmethod
+    def parse(cls, data: bytes, folder: Any, path: str) -> Index:
+        """The index in the bytes of `path`, of a folder that may be remote; raises UserError for what is none."""
+        try:
+            tree = json.loads(data)
+        except ValueError as error:
             raise UserError(f"{path}: not readable: {error}") from None
         version = tree.get("format") if isinstance(tree, dict) else None
         if not isinstance(version, int):
@@ -178,8 +200,6 @@ class Index:
             index._fill(folder, tree["kind"], shards, tree["samples"], tree["meta"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
-        if problems := index._size_problems():
-            raise UserError("\n".join(problems))
         return index
 
     def _size_problems(self) -> list[str]:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from letit_dist import rng
 from letit_dist.data import transforms
-from letit_dist.data.index import Index
+from letit_dist.data.index import Files, Index
 from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import rank_positions, sample_at
+from letit_dist.data.remote import BlockCache, RemoteShard, is_url, read_index
 from letit_dist.data.sizes import choose, images_of
 from letit_dist.data.transforms import UnreadableImage
 from letit_dist.errors import UserError
@@ -33,19 +34,32 @@ REPLACEMENTS = 32
 class ShardDataset:
     """The samples of one or more shard folders, one folder after another. Safe to fork and to pickle.
 
+    A folder on a server (https://, s3://, ...) is read through `cache`, or the usual one.
+
     With `resolution`, images are of that size: the stored one where a sample has it, or else the next larger one
-    reduced by the box filter. Raises UserError for shards that are smaller.
+    reduced by the box filter. Raises UserError for shards that are smaller. With `scaled_decode`, a JPEG of 2, 4 or 8
+    times the size is decoded at that size, which is faster and gives slightly other pixels (`decode_reduced`).
     """
 
-    def __init__(self, paths: Sequence[str | Path], resolution: int | None = None):
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        resolution: int | None = None,
+        *,
+        scaled_decode: bool = False,
+        cache: BlockCache | None = None,
+    ):
         if isinstance(paths, (str, Path)):
             paths = [paths]
         if not paths:
             raise UserError("no shard folder was given")
-        self.indexes = [Index.read(path) for path in paths]
+        if any(map(is_url, paths)):
+            cache = cache or BlockCache()
+        self.indexes = [read_index(str(path), cache) if is_url(path) else Index.read(path) for path in paths]
         self._ends = np.cumsum([len(index) for index in self.indexes]).tolist()
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._asked = resolution
+        self._scaled = scaled_decode
         sizes = {index.meta["resolution"]: index.folder for index in self.indexes if "resolution" in index.meta}
         if resolution is not None:
             if (smallest := min(sizes, default=resolution)) < resolution:
@@ -83,12 +97,13 @@ class ShardDataset:
     def read(self, sample: int, extensions: Sequence[str] | None = None) -> dict[str, bytes]:
         """Extension -> bytes, all of them or those asked for; raises UserError when the shard is not whole."""
         index, local = self._locate(sample)
-        path = index.path_of(local)
         files = index.files(local)
         wanted = files if extensions is None else extensions
-        return {name: self._pread(path, *files[name]) for name in wanted}
+        return {name: self._pread(index.path_of(local), *files[name]) for name in wanted}
 
-    def _pread(self, path: Path, offset: int, size: int) -> bytes:
+    def _pread(self, path: Path | RemoteShard, offset: int, size: int) -> bytes:
+        if isinstance(path, RemoteShard):
+            return path.read(offset, size)
         try:
             handle = self._open.get(path)
             if handle is None:
@@ -122,29 +137,37 @@ class ShardDataset:
     def images(self, sample: int) -> dict[int | None, str]:
         """Side (None: not stated) -> extension of each stored size; raises UserError for anything but one image."""
         index, local = self._locate(sample)
-        images = images_of(index.files(local))
+        return self._images(sample, index.files(local))
+
+    def _images(self, sample: int, files: Files) -> dict[int | None, str]:
+        images = images_of(files)
         if images is None:
-            found = ", ".join(index.files(local))
-            raise UserError(f"{self.place(sample)}: one image a sample was expected, its files are: {found}")
+            raise UserError(f"{self.place(sample)}: one image a sample was expected, its files are: {', '.join(files)}")
         return images
 
     def decode(self, sample: int, extension: str) -> Tensor:
         """One stored image as it is, uint8 (3, H, W); raises UnreadableImage."""
-        pack = self._locate(sample)[0].meta.get("pack")
-        # Only what our packer encoded itself is known to be well formed.
-        ours = pack is not None and pack.get("format") != "original"
-        return transforms.decode(self.read(sample, [extension])[extension], trusted=ours)
+        index, local = self._locate(sample)
+        data = self._pread(index.path_of(local), *index.files(local)[extension])
+        return transforms.decode(data, trusted=index.well_formed)
 
     def pixels(self, sample: int, resolution: int | None = None, *, size: tuple[int, int] | None = None) -> Tensor:
         """The sample's image, uint8 (3, H, W), box-filtered to `resolution` if that is given; no more is read than
         that needs. Raises UnreadableImage; with `size`, UserError where the stored one is neither the size that is
         stated for it nor, where none is stated, `size` (H, W)."""
         wanted = resolution or self._asked
-        images = self.images(sample)
+        index, local = self._locate(sample)
+        files = index.files(local)
+        images = self._images(sample, files)
         side = choose(images, wanted)
-        pixels = self.decode(sample, images[side])
+        data = self._pread(index.path_of(local), *files[images[side]])
+        stated = side or index.meta.get("resolution")
+        if self._scaled and wanted and stated:
+            pixels = transforms.decode_reduced(data, stated, wanted)
+            if pixels is not None:
+                return pixels
+        pixels = transforms.decode(data, trusted=index.well_formed)
         if size is not None:
-            stated = side or self._locate(sample)[0].meta.get("resolution")
             _check_size(self, sample, pixels, (stated, stated) if stated else size)
         return transforms.resize_crop(pixels, wanted) if wanted else pixels
 
@@ -234,12 +257,20 @@ class BadSamples:
 
 
 def augment(pixels: Tensor, positions: Tensor, seed: int, flip: bool, grayscale: float) -> Tensor:
-    """Flip half of the samples and turn a share grey, by (seed, purpose, position)."""
+    """Flip half of the samples and turn a share grey, in place, by (seed, purpose, position)."""
     if flip:
-        pixels = transforms.flip(pixels, rng.uniform(seed, "flip", positions) < 0.5)
+        transforms.flip_(pixels, rng.uniform(seed, "flip", positions) < 0.5)
     if grayscale:
-        pixels = transforms.grayscale(pixels, rng.uniform(seed, "grayscale", positions) < grayscale)
+        transforms.grayscale_(pixels, rng.uniform(seed, "grayscale", positions) < grayscale)
     return pixels
+
+
+def stack(pixels: Sequence[Tensor]) -> Tensor:
+    """(3, H, W) each -> (B, 3, H, W), in memory as they are: reordering colours costs more than copying them."""
+    interleaved = [p.permute(1, 2, 0) for p in pixels]
+    if all(p.is_contiguous() for p in interleaved):
+        return torch.stack(interleaved).permute(0, 3, 1, 2)
+    return torch.stack(list(pixels))
 
 
 class _Batches:
@@ -256,7 +287,7 @@ class _Batches:
             samples = sample_at(positions, self.seed, len(self.dataset)).tolist()
             pixels = [self._pixels(sample, int(p), bad) for sample, p in zip(samples, positions, strict=True)]
             where = torch.from_numpy(positions)
-            return ImageBatch(augment(torch.stack(pixels), where, self.seed, self.flip, self.grayscale), where, bad)
+            return ImageBatch(augment(stack(pixels), where, self.seed, self.flip, self.grayscale), where, bad)
         except UserError as error:
             return Failure(str(error))
 
@@ -361,13 +392,17 @@ def batches(
     return unwrap(iter(loader(_InOrder(dataset), cuts, workers)))
 
 
-def open_stream(paths: Sequence[str | Path], **options: Any) -> Any:
+def open_stream(
+    paths: Sequence[str | Path], *, scaled_decode: bool = False, cache: BlockCache | None = None, **options: Any
+) -> Any:
     """ImageStream over indexed folders, ForeignStream over tars without an index; the same options and batches."""
     from letit_dist.data.foreign import ForeignStream, is_foreign
 
     foreign = [path for path in paths if is_foreign(path)]
     if not foreign:
-        return ImageStream(ShardDataset(paths), **options)
+        return ImageStream(ShardDataset(paths, scaled_decode=scaled_decode, cache=cache), **options)
+    if scaled_decode:
+        raise UserError(f"data.scaled_decode has no effect on {foreign[0]}, which has no index.json: leave it out")
     if len(foreign) < len(paths):
         other = next(path for path in paths if path not in foreign)
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import platform
 import statistics
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from letit_dist.errors import UserError
 from letit_dist.evaluation.tables import markdown
-from letit_dist.memory import peak_bytes
+from letit_dist.memory import peak_bytes, resident_bytes, resident_peak_of, return_freed_memory
 
 Clock = Callable[[Callable[[], object]], float]
 
@@ -41,6 +43,10 @@ class Match:
     naive: Side
     ours: Side
     agree: Callable[[], str]
+    images: int | None = None  # that a run takes: the table then has images a second
+    target: float | None = None  # of naive / ours
+    memory: Callable[[Side, torch.device | str], int | None] | None = None  # None: all tensors
+    seconds: Clock | None = None  # None: the time that passes
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Result:
     seconds: tuple[tuple[float, float], ...]
     memory: tuple[int, int] | None
     agreement: str
+    images: int | None = None
+    target: float | None = None
 
     @property
     def ratios(self) -> list[float]:
@@ -65,12 +73,16 @@ class Result:
     def row(self) -> dict[str, object]:
         """Column -> what it shows."""
         low, middle, high = self.quartiles
-        naive, ours = (statistics.median(side) for side in zip(*self.seconds, strict=True))
+        medians = zip(("naive", "ours"), map(statistics.median, zip(*self.seconds, strict=True)), strict=True)
+        if self.images is None:
+            speeds = {f"{side}, s": f"{seconds:.3g}" for side, seconds in medians}
+        else:
+            speeds = {f"{side}, images/s": f"{self.images / seconds:.3g}" for side, seconds in medians}
         return {
             "case": self.name,
-            "naive, s": f"{naive:.3g}",
-            "ours, s": f"{ours:.3g}",
+            **speeds,
             "naive / ours": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            **({} if self.images is None else {"target": self.target and f"at least {self.target:g}"}),
             "pairs": len(self.seconds),
             "naive, MiB": self.memory and f"{self.memory[0] / 2**20:.1f}",
             "ours, MiB": self.memory and f"{self.memory[1] / 2**20:.1f}",
@@ -108,6 +120,13 @@ def _on_host(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def core_seconds(function: Callable[[], object]) -> float:
+    """Seconds of one core that a function keeps this process busy, whatever else runs on the machine."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
 def interleave(
     naive: Callable[[], object], ours: Callable[[], object], *, repeats: int, warmup: int, seconds: Clock
 ) -> tuple[tuple[float, float], ...]:
@@ -136,15 +155,46 @@ def memory(side: Side, device: torch.device | str) -> int:
     return sum(held.values()) + peak_bytes(side.run, device)
 
 
+def resident_peak(side: Side, device: torch.device | str = "cpu") -> int | None:
+    """Bytes by which the memory of a process grows at the most in a run: what other libraries hold counts too.
+
+    Taken in a fork, which gives back first what was freed before. None where the system does not tell.
+    """
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_report_peak, args=(side, send))
+    child.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        return None
+    finally:
+        child.join()
+
+
+def _report_peak(side: Side, send: Connection) -> None:
+    return_freed_memory()
+    before = resident_bytes()
+    try:
+        peak = resident_peak_of(side.run)
+    except OSError:
+        peak = None
+    send.send(None if peak is None else max(0, peak - before))
+
+
 def measure(
     match: Match, *, device: torch.device | str, repeats: int, warmup: int = 1, with_memory: bool = True
 ) -> Result:
     """Check that both sides agree, then time them in turns, then take their memory."""
     agreement = match.agree()
-    pairs = interleave(match.naive.run, match.ours.run, repeats=repeats, warmup=warmup, seconds=clock(device))
+    pairs = interleave(
+        match.naive.run, match.ours.run, repeats=repeats, warmup=warmup, seconds=match.seconds or clock(device)
+    )
     # After the timing: by now everything lives that is made once, such as the optimisers' state.
-    peaks = (memory(match.naive, device), memory(match.ours, device)) if with_memory else None
-    return Result(match.name, pairs, peaks, agreement)
+    taken = match.memory or memory
+    peaks = (taken(match.naive, device), taken(match.ours, device)) if with_memory else None
+    known = None if peaks is None or None in peaks else peaks
+    return Result(match.name, pairs, known, agreement, match.images, match.target)
 
 
 # ---------------------------------------------------------------- the report
@@ -174,6 +224,22 @@ Seconds are medians. naive / ours: median of the ratios of each pair (quartiles)
 tensors that live at once at the peak, weights and optimiser state included; on a CPU without the workspaces that
 operations borrow. Agreement: the largest differences, found before anything was timed.
 """
+_IMAGES_LEGEND = """\
+Images a second of one core are medians; the seconds are those in which it works for this process. naive / ours: median
+of the ratios of each pair (quartiles); above 1, ours is faster. MiB: by how much a run makes its process grow.
+Agreement: found before anything was timed.
+"""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One more thing that was measured, in words."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}"
 
 
 def _shown(value: object) -> str:
@@ -191,6 +257,7 @@ class Report:
     commit: str | None
     machine: str
     results: Sequence[Result]
+    facts: Sequence[Fact] = ()
     settings: dict[str, object] = field(default_factory=dict)
     day: date = field(default_factory=date.today)
 
@@ -209,7 +276,9 @@ class Report:
         }
         lines = [f"# {self.title}", "", "```", self.command, "```", ""]
         lines += [f"- {name}: {_shown(value)}" for name, value in facts.items()]
-        return "\n".join([*lines, "", self.table(), "", _LEGEND])
+        legend = _LEGEND if all(result.images is None for result in self.results) else _IMAGES_LEGEND
+        found = [*(f"- {fact}" for fact in self.facts), ""] if self.facts else []
+        return "\n".join([*lines, "", self.table(), "", *found, legend])
 
     def write(self, folder: Path, name: str) -> Path:
         """FOLDER/DATE-NAME.md, or -2, -3 and so on where it exists: a measurement is never overwritten."""

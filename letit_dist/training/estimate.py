@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from letit_dist.config import PretrainConfig
 from letit_dist.data.foreign import is_foreign
 from letit_dist.data.reader import ShardDataset
+from letit_dist.data.remote import is_url
 from letit_dist.memory import GIB, peak_bytes
 from letit_dist.recipes.base import Batch, Level, Recipe
 from letit_dist.training.plan import BatchPlan
@@ -107,6 +108,8 @@ def report(found: Footprint, config: PretrainConfig, levels: Sequence[Level], ru
 
 def data_lines(config: PretrainConfig, ranks: int) -> list[str]:
     """What of `data.train` is here, and how often it is seen."""
+    if remote := [path for path in config.data.train if is_url(path)]:
+        return [f"data.train: {path} is on a server, not looked at" for path in remote]
     missing = [path for path in config.data.train if not Path(path).exists()]
     lines = [f"data.train: {path} is not here" for path in missing]
     if missing or any(is_foreign(path) for path in config.data.train):
