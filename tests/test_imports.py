@@ -38,6 +38,7 @@ LIBRARY_HOMES = {
     "deepspeed": {"training"},
     "webdataset": {"data"},
     "lpips": {"losses", "evaluation"},
+    "diffusers": {"autoencoders"},
     "torch_fidelity": {"evaluation"},
 }
 
@@ -98,7 +99,7 @@ def test_programs_import_torch_only_after_parsing():
         ("import letit_dist.config", ["torch", "accelerate"]),
         (
             "from letit_dist.autoencoders.base import load_autoencoder",
-            ["accelerate", "deepspeed", "webdataset", "torch_fidelity", "lpips"],
+            ["accelerate", "deepspeed", "webdataset", "torch_fidelity", "lpips", "diffusers"],
         ),
         ("from letit_dist.energy.translate import Translator", ["accelerate", "deepspeed", "webdataset"]),
     ],

@@ -22,7 +22,13 @@ from letit_dist.energy.translate import open_translator
 from letit_dist.evaluation.latents import measure_unit
 from letit_dist.pretrained import find_folder
 
-PROGRAMS = ["launch/pretrain.py", "launch/encode_latents.py", "launch/train_energy.py", "launch/translate.py", "launch/export.py"]
+PROGRAMS = [
+    "launch/pretrain.py",
+    "launch/encode_latents.py",
+    "launch/train_energy.py",
+    "launch/translate.py",
+    "launch/export.py",
+]
 PROGRAMS += [
     "eval/fidelity.py",
     "eval/paper.py",

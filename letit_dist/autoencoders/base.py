@@ -35,6 +35,7 @@ class Autoencoder(nn.Module):
     config_class: ClassVar[type[AutoencoderConfig]]
     tiny: ClassVar[AutoencoderConfig]
     stores_codes: ClassVar[bool] = False  # whether `encode_codes` and `latents_from_codes` exist
+    needs: ClassVar[str | None] = None  # an optional library without which it cannot be built
     decodes_with_noise: ClassVar[bool] = False  # whether translations are decoded with the maps of `noise_shapes`
 
     config: AutoencoderConfig
