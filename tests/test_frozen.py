@@ -269,6 +269,9 @@ def test_a_model_of_diffusers_as_ours(theirs, tmp_path):
     if name == "VQModel":
         # Encoding snaps to the codebook, as diffusers' decoder would.
         torch.testing.assert_close(ours.encode(x) / factor, model.quantize(raw)[0])
+        # Decoding does not: a chain that has moved a little is seen.
+        latents = ours.encode(x)
+        assert not torch.equal(ours.decode(latents + 1e-3), ours.decode(latents))
     else:
         torch.testing.assert_close(ours.encode(x) / factor, raw)
     torch.testing.assert_close(ours.decode(ours.encode(x)), model.decode(raw).sample)
