@@ -136,7 +136,7 @@ def test_missing_and_damaged(saved, tmp_path):
             load_autoencoder(folder)
     (folder / "model.safetensors").unlink()
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"no config\.json and no model\.safetensors"):
+    with pytest.raises(UserError, match=r"neither weights \(config\.json and model\.safetensors\)"):
         load_autoencoder(folder)
 
 
