@@ -81,10 +81,12 @@ def walk(translator: Translator, picture: Image.Image) -> Walk:
 
 def trajectory(found: Walk, folder: Path) -> Path:
     """The whole chain as an animation in `folder`; returns its file."""
-    from letit_dist.pictures import save_animation
+    from letit_dist.pictures import save_frames, to_picture, visible_size
 
     path = Path(tempfile.mkdtemp(dir=folder), "trajectory.gif")
-    save_animation(found.frames(), path, milliseconds=150)
+    images = found.frames()
+    side = visible_size(images[0].shape[-1], 256)
+    save_frames((to_picture(image, side) for image in images), len(images), path, milliseconds=150)
     return path
 
 
