@@ -7,10 +7,19 @@
     python launch/export.py --from energy ebm.pth --out models/ebm \\
         --autoencoder models/alae_ffhq --steps 20 --step-size 2
     python launch/export.py --from identity --resolution 64 --out models/pixels
+    python launch/export.py --from taesd taef2/ --resolution 256 --out models/taef2
+    python launch/export.py --from diffusers sd-vae-ft-mse/ --resolution 1024 --out models/sd_vae
+    python launch/export.py --from custom weights.pth --module mine.nets:Codec --resolution 256 --out models/mine
     python launch/export.py --to alae models/alae_ffhq --out alae.pth
 
 A folder may be given to every --autoencoder and --energy option, and as autoencoder=FOLDER to train_energy.py. Nothing
 is read from a published file but tensors. `identity` makes an autoencoder that does nothing: latents are pixels.
+
+taesd: the two files of taesd, taesdxl, taesd3, taef1 or taef2 (--decoder for the second, or a folder of both).
+diffusers: a folder of AutoencoderKL, -DC, -Tiny or VQModel as diffusers saves it, or of a pipeline with a vae in it.
+custom: any torch module on the PYTHONPATH with encode and decode. These three take --scale and --shift (latents are
+(the network's - shift) * scale; diffusers' are the model's own if not given) and --tile, the side of the overlapping
+tiles that large images are taken in (512 from 1024 pixels on; 0 = whole).
 
 energy: the published code's step size is half of ours (its 1.0 is --step-size 2), and its energies have the other sign,
 which is turned here. Its checkpoints do not say which chain they were trained with.
@@ -20,32 +29,38 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 from pathlib import Path
 
 from letit_dist.errors import UserError, reports_errors
 
 # Options that only some kinds take, when they are read.
+_FROZEN = ("scale", "shift", "tile")
 _OPTIONS = {
     "alae": {"weights"},
     "vqvae2": {"resolution", "variant"},
     "beta_vae": {"variant"},
     "energy": {"key", "autoencoder", "steps", "step_size", "source", "target"},
     "identity": {"resolution"},
+    "taesd": {"resolution", "decoder", *_FROZEN},
+    "diffusers": {"resolution", *_FROZEN},
+    "custom": {"resolution", "module", "arguments", "images", *_FROZEN},
 }
-_NEEDED = {"vqvae2": ["resolution"], "identity": ["resolution"], "energy": ["autoencoder", "steps", "step_size"]}
+_NEEDED = {"energy": ["autoencoder", "steps", "step_size"], "custom": ["module", "resolution"]}
+_NEEDED |= {kind: ["resolution"] for kind in ("vqvae2", "identity", "taesd", "diffusers")}
+_BACK = ["alae", "vqvae2", "beta_vae", "energy"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="read", choices=list(_OPTIONS), metavar="KIND", help=", ".join(_OPTIONS))
-    back = [kind for kind in _OPTIONS if kind != "identity"]
-    way.add_argument("--to", dest="write", choices=back, metavar="KIND", help="back to the published form")
+    way.add_argument("--to", dest="write", choices=_BACK, metavar="KIND", help="back to the published form")
     parser.add_argument("path", nargs="?", type=Path, help="published file, or with --to a folder or run")
     parser.add_argument("--out", required=True, type=Path, help="new folder, or with --to a new file")
     parser.add_argument("--weights", choices=("average", "training"), help="alae: which of the two sets (average)")
-    parser.add_argument("--resolution", type=int, help="vqvae2, identity: side of the images, which no file tells")
+    parser.add_argument("--resolution", type=int, help="side of the images, which no file tells (not for alae)")
     parser.add_argument("--variant", help="vqvae2: rosinality (default) or letit; beta_vae: 1konny (default) or letit")
     parser.add_argument("--key", help="energy: which entry of a file that holds several")
     parser.add_argument("--autoencoder", help="energy: folder of the autoencoder on whose latents it was trained")
@@ -53,6 +68,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--step-size", type=float, help="energy: eta of eq. (6), twice the published code's")
     parser.add_argument("--source", help="energy: name of the domain it starts from")
     parser.add_argument("--target", help="energy: name of the domain it leads to")
+    parser.add_argument("--decoder", type=Path, help="taesd: the decoder's file, where PATH is the encoder's")
+    parser.add_argument("--scale", type=float, nargs="+", help="of latents: one number, or one for each channel")
+    parser.add_argument("--shift", type=float, nargs="+", help="likewise, taken off before they are scaled")
+    parser.add_argument("--tile", type=int, help="side in pixels of the tiles that an image is taken in; 0 = whole")
+    parser.add_argument("--module", metavar="PACKAGE.MODULE:CLASS", help="custom: what has encode and decode")
+    parser.add_argument("--arguments", metavar="JSON", help="custom: what the class is called with ({})")
+    parser.add_argument("--images", choices=("signed", "unit"), help="custom: images in [-1, 1] (signed) or [0, 1]")
     return parser.parse_args(argv)
 
 
@@ -66,7 +88,7 @@ def check(args: argparse.Namespace) -> None:
     if args.read:
         missing = [name for name in _NEEDED.get(kind, []) if name not in given]
         problems += [f"{what} needs --{name.replace('_', '-')}" for name in missing]
-    if (args.path is None) != (args.read == "identity"):
+    if (args.path is None) != (args.read == "identity") and args.read != "custom":
         problems.append(
             f"{what} needs the path to read" if args.path is None else f"{what} reads no file: leave it out"
         )
@@ -94,6 +116,18 @@ def read(args: argparse.Namespace) -> None:
         from letit_dist.interchange.beta_vae import import_beta_vae
 
         model = import_beta_vae(args.path, **options)
+    elif args.read == "taesd":
+        from letit_dist.interchange.taesd import import_taesd
+
+        model = import_taesd(args.path, **options)
+    elif args.read == "diffusers":
+        from letit_dist.interchange.diffusers_models import import_diffusers
+
+        model = import_diffusers(args.path, **options)
+    elif args.read == "custom":
+        from letit_dist.interchange.custom import import_custom
+
+        model = import_custom(args.path, **{**options, **read_arguments(args.arguments)})
     else:
         from letit_dist.autoencoders.base import build_autoencoder
         from letit_dist.autoencoders.identity import IdentityConfig
@@ -102,6 +136,17 @@ def read(args: argparse.Namespace) -> None:
         model = build_autoencoder(parse_config(IdentityConfig, {"kind": "identity", **options}))
     model.save_pretrained(args.out, **({} if args.path is None else {"published": args.path.name}))
     print(f"{args.out}: autoencoder {model.fingerprint()}, latents {model.latent_shape}")
+
+
+def read_arguments(text: str | None) -> dict:
+    """--arguments as the key that `import_custom` takes."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"--arguments {text}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f'--arguments {text}: expected an object such as {{"width": 64}}')
+    return {"arguments": found}
 
 
 def read_energy(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import letit_dist
+from letit_dist import hub
+from letit_dist.cards import CARD
 from letit_dist.errors import UserError
 
 Tree = dict[str, Any]
@@ -42,13 +45,21 @@ def tensors_fingerprint(tree: Tree, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_folder(folder: str | Path, tree: Tree, tensors: Mapping[str, Tensor], extra: Tree | None = None) -> str:
-    """Write config.json and model.safetensors and return the fingerprint.
+def write_folder(
+    folder: str | Path,
+    tree: Tree,
+    tensors: Mapping[str, Tensor],
+    extra: Tree | None = None,
+    *,
+    card: str | None = None,
+) -> str:
+    """Write config.json and model.safetensors, `card` as README.md if given, and return the fingerprint.
 
     `tree` is the model's config as plain values (`config.as_tree`); `extra` is anything else worth keeping
     with the weights (images seen, source run) and does not enter the fingerprint. The files are written into
     a new folder beside the final one, flushed, and renamed: an interrupted call leaves the old folder or
-    none. A folder that holds anything but these two files is not replaced (UserError).
+    none. A folder that holds anything else is not replaced (UserError); a README.md that is there stays, unless
+    there is a new one.
     """
     folder = Path(os.path.abspath(folder))
     taken = [name for name in _STAMPS if name in tree]
@@ -56,7 +67,7 @@ def write_folder(folder: str | Path, tree: Tree, tensors: Mapping[str, Tensor], 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot write weights to {folder}: it is a file, expected a folder or a free name")
     inside = [path.name for path in folder.iterdir()] if folder.exists() else []
-    others = sorted(set(inside) - {CONFIG, WEIGHTS})
+    others = sorted(set(inside) - {CONFIG, WEIGHTS, CARD})
     if others:
         raise UserError(
             f"will not replace {folder}: besides {CONFIG} and {WEIGHTS} it holds {', '.join(others[:5])}; "
@@ -70,6 +81,8 @@ def write_folder(folder: str | Path, tree: Tree, tensors: Mapping[str, Tensor], 
         "extra": extra or {},
     }
     text = json.dumps(stamped, indent=2, ensure_ascii=False) + "\n"
+    if card is None and CARD in inside:
+        card = (folder / CARD).read_text(encoding="utf-8")
     beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -78,9 +91,9 @@ def write_folder(folder: str | Path, tree: Tree, tensors: Mapping[str, Tensor], 
         rows = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(rows, beside / WEIGHTS)
         (beside / CONFIG).write_text(text, encoding="utf-8")
-        for path in (beside / WEIGHTS, beside / CONFIG, beside):
-            _flush(path)
-        _swap_in(beside, folder)
+        if card is not None:
+            (beside / CARD).write_text(card, encoding="utf-8")
+        swap_in(beside, folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise UserError(f"cannot write weights to {folder}: {error}") from error
     finally:
@@ -96,7 +109,10 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _swap_in(beside: Path, folder: Path) -> None:
+def swap_in(beside: Path, folder: Path) -> None:
+    """Put the finished folder `beside` in place of `folder`, which may exist; flushed to disk before."""
+    for path in (*beside.rglob("*"), beside):
+        _flush(path)
     # A folder with files in it cannot be renamed over, so the old one steps aside between two renames.
     aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     if folder.exists():
@@ -106,11 +122,13 @@ def _swap_in(beside: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _read_config(folder: Path) -> Tree:
+def read_config(folder: Path, needed: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Tree:
+    """The config.json of a folder, stamps included; UserError unless all files `needed` are there and it is not newer
+    than this letit_dist."""
     if not folder.is_dir():
         what = "is a file, expected a folder" if folder.exists() else "does not exist"
         raise UserError(f"no weights at {folder}: it {what} (with {CONFIG} and {WEIGHTS})")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: no {' and no '.join(missing)} in it")
     try:
@@ -119,12 +137,24 @@ def _read_config(folder: Path) -> Tree:
         raise UserError(f"cannot read {folder / CONFIG}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{folder / CONFIG}: expected keys and values, found {type(tree).__name__}")
+    written, own = (_release(version) for version in (tree.get("letit_dist_version"), letit_dist.__version__))
+    if written > own:
+        raise UserError(
+            f"{folder / CONFIG} was written by letit_dist {tree['letit_dist_version']}, this is "
+            f"{letit_dist.__version__}, which may not know all that it says: pip install --upgrade letit_dist"
+        )
     return tree
+
+
+def _release(version: Any) -> tuple[int, ...]:
+    """(major, minor); formats change with these alone. () where there is none."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    return tuple(map(int, numbers.groups())) if numbers else ()
 
 
 def read_extra(folder: str | Path) -> Tree:
     """What was given to `write_folder` as `extra`; the weights are not read."""
-    return _read_config(Path(folder)).get("extra", {})
+    return read_config(Path(folder)).get("extra", {})
 
 
 def read_folder(folder: str | Path) -> tuple[Tree, dict[str, Tensor]]:
@@ -134,7 +164,7 @@ def read_folder(folder: str | Path) -> tuple[Tree, dict[str, Tensor]]:
     that is absent or another one: the two files then do not belong together, or one was edited.
     """
     folder = Path(folder)
-    tree = _read_config(folder)
+    tree = read_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError, ValueError) as error:
@@ -182,10 +212,13 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str | 
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder of weights that `path` means: itself, or the newest export of the run folder that it is.
+    """The folder of weights that `path` means: itself, the newest export of the run folder that it is, or what the
+    Hub has under this id if nothing here is called so.
 
-    Raises UserError if it is neither, and says whether the run has simply not finished yet.
+    Raises UserError if it is none of these, and says whether the run has simply not finished yet.
     """
+    if hub.is_hub_id(path):
+        return hub.fetch(str(path))
     path = Path(path)
     if (path / CONFIG).is_file() or not path.is_dir():
         return path

@@ -1,4 +1,4 @@
-"""Reading files of `torch.save` without running what may be in them."""
+"""Reading published files of weights without running what may be in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from letit_dist.errors import UserError
@@ -55,3 +57,15 @@ def state_dict(found: Any, where: str | Path) -> dict[str, Tensor]:
         keys = f" with keys {', '.join(map(str, list(found)[:8]))}" if isinstance(found, dict) else ""
         raise UserError(f"{where}: expected a state dict, found a {type(found).__name__}{keys}")
     return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a file of torch.save, or of a safetensors file if it is called so; on the CPU."""
+    if Path(path).suffix != ".safetensors":
+        return state_dict(read_published(path), path)
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None

@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--split", metavar="NAME", help="of a set with splits: pack this one only; else what all of it is called")
     add("--attribute", metavar="NAME", help="CelebA, CelebAMask-HQ: domains by this attribute, e.g. Male")
     add("--column", metavar="NAME", help="tables, parquet, StyleGAN zip (label): domains by this column")
+    add("--holdout", type=int, metavar="N", help="of a set without splits: N images to OUT/test, the rest to OUT/train")
     add("--max-bad-fraction", type=float, default=0.05, metavar="F", help="stop past this unreadable share (0.05)")
     add("--workers", type=int, default=0, metavar="N", help="extra processes; the result does not depend on it")
     add("--dry-run", action="store_true", help="print what was found and what would be written, and stop")
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse()
     from letit_dist.data.packing import PackOptions, leaks, pack
+    from letit_dist.data.source_base import hold_out
     from letit_dist.data.sources import Request, find, open_source, plan
 
     largest, *smaller = args.resolution or [None]
@@ -79,6 +81,8 @@ def main() -> int:
     )
     print(find(args.source, args.layout).line(args.source), flush=True)
     parts = open_source(args.source, request)
+    if args.holdout is not None:
+        parts = hold_out(parts, args.holdout)
     for note in dict.fromkeys(note for part in parts for note in part.notes):
         print(f"  note: {note}")
     if args.dry_run:

@@ -28,6 +28,7 @@ PROGRAMS = [
     "launch/train_energy.py",
     "launch/translate.py",
     "launch/export.py",
+    "launch/transfer.py",
 ]
 PROGRAMS += [
     "eval/fidelity.py",

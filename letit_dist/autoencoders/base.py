@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 from torch import LongTensor, Tensor, nn
 
-from letit_dist import pretrained, rng
+from letit_dist import hub, pretrained, rng
+from letit_dist.cards import Card
 from letit_dist.config import StrictConfig, as_tree, parse_kind
 from letit_dist.errors import UserError
 from letit_dist.registry import AUTOENCODERS
@@ -35,6 +36,7 @@ class Autoencoder(nn.Module):
     config_class: ClassVar[type[AutoencoderConfig]]
     tiny: ClassVar[AutoencoderConfig]
     stores_codes: ClassVar[bool] = False  # whether `encode_codes` and `latents_from_codes` exist
+    needs: ClassVar[str | None] = None  # an optional library without which it cannot be built
     decodes_with_noise: ClassVar[bool] = False  # whether translations are decoded with the maps of `noise_shapes`
 
     config: AutoencoderConfig
@@ -108,17 +110,37 @@ class Autoencoder(nn.Module):
         """
         return pretrained.tensors_fingerprint(as_tree(self.config), self.state_dict())
 
-    def save_pretrained(self, folder: str | Path, **extra: Any) -> None:
-        """Write config.json and model.safetensors; `extra` (plain values) is kept in config.json."""
-        pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra)
+    def save_pretrained(self, folder: str | Path, *, card: Card | None = None, **extra: Any) -> None:
+        """Write config.json and model.safetensors; `extra` (plain values) is kept in config.json, and with `card`
+        there is a README.md."""
+        text = None if card is None else self._card_text(card)
+        pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra, card=text)
+
+    def push_to_hub(self, repo_id: str, *, card: Card | None = None, private: bool = True, **extra: Any) -> str:
+        """Send what `save_pretrained` writes to a repository of the Hugging Face Hub; returns its address."""
+        card = card or Card()
+        return hub.push(lambda folder: self.save_pretrained(folder, card=card, **extra), repo_id, private=private)
+
+    def _card_text(self, card: Card) -> str:
+        facts = {
+            "autoencoder": self.config.kind,
+            "images": f"3 x {self.config.resolution} x {self.config.resolution}",
+            "latents": " x ".join(map(str, self.latent_shape)),
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+            "fingerprint": self.fingerprint(),
+        }
+        use = 'import letit_dist\n\nautoencoder = letit_dist.load_autoencoder("this folder, or its id on the Hub")'
+        return card.text(f"{self.config.kind} autoencoder, {self.config.resolution} pixels", facts, use)
 
     @classmethod
     def from_pretrained(cls: type[A], folder: str | Path) -> A:
-        """The model of a folder, frozen and in eval mode, on the CPU.
+        """The model of a folder, of a run's newest export, or of an id on the Hub (see `pretrained.find_folder`);
+        frozen and in eval mode, on the CPU.
 
         Raises UserError for a folder that is missing, damaged or changed, an unknown kind, another kind than
         this class, and for keys that are missing, left over or of another shape (all listed).
         """
+        folder = pretrained.find_folder(folder)
         tree, tensors = pretrained.read_folder(folder)
         config = parse_kind(AUTOENCODERS, tree, str(Path(folder) / pretrained.CONFIG))
         model = build_autoencoder(config)
@@ -134,5 +156,5 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
 
 
 def load_autoencoder(folder: str | Path) -> Autoencoder:
-    """The autoencoder of a folder, of whatever kind; see `Autoencoder.from_pretrained`."""
+    """The autoencoder of a folder, a run or an id on the Hub, of whatever kind; see `Autoencoder.from_pretrained`."""
     return Autoencoder.from_pretrained(folder)

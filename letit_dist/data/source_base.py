@@ -141,6 +141,47 @@ class FileSource(Source):
             return None  # a dangling link: listed as unreadable when its turn comes
 
 
+class Chosen(Source):
+    """Some of another source's items; `stamp` says in the settings how they were chosen."""
+
+    def __init__(self, source: Source, numbers: Sequence[int], stamp: dict[str, Any]):
+        self.source, self.numbers, self.stamp = source, list(numbers), stamp
+        self.drawn = source.drawn
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, number: int) -> str:
+        return self.source.name(self.numbers[number])
+
+    def item(self, number: int) -> Item:
+        return self.source.item(self.numbers[number])
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.source.settings(), **self.stamp}
+
+
+def hold_out(parts: Sequence[Part], count: int) -> list[Part]:
+    """Each part without a split as two, train and test, with `count` evenly spread items in the latter.
+
+    Raises UserError for parts that have a split already, and for a `count` that leaves nothing to train on.
+    """
+    found = []
+    for part in parts:
+        if part.split is not None:
+            raise UserError(f"--holdout has no effect on a set that has splits ({part.split}): leave it out")
+        total = len(part.source)
+        if not 0 < count < total:
+            raise UserError(f"--holdout {count}: 1 to {total - 1}, there are {total} images")
+        test = [number * total // count for number in range(count)]
+        kept = set(test)
+        sides = {"train": [number for number in range(total) if number not in kept], "test": test}
+        for split, numbers in sides.items():
+            chosen = Chosen(part.source, numbers, {"holdout": count, "part": split})
+            found.append(replace(part, subfolder=str(Path(part.subfolder, split)), split=split, source=chosen))
+    return found
+
+
 def fingerprint(lines: Iterable[str]) -> str:
     """16 hex digits of SHA-256 over lines."""
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]

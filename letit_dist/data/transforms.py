@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from letit_dist.errors import UserError
+
 # torchvision 0.29 announces that its decoders will go one day; Pillow alone reads everything too, at about
 # 60 % of the speed.
 try:
@@ -165,6 +167,14 @@ def _pillow(data: bytes, notes: list[str]) -> Tensor:
 def _unreadable(error: Exception) -> UnreadableImage:
     # Decoders of hostile bytes raise nearly anything: OSError, SyntaxError, struct.error, bomb errors.
     return UnreadableImage(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def picture_pixels(picture: Image.Image) -> Tensor:
+    """A Pillow picture as `decode` gives its file: uint8 (3, H, W) RGB, upright, transparency over white."""
+    try:
+        return _from_pillow(ImageOps.exif_transpose(picture), [])
+    except (UnreadableImage, OSError) as error:
+        raise UserError(f"this picture cannot be read: {error}") from None
 
 
 def _from_pillow(image: Image.Image, notes: list[str]) -> Tensor:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from letit_dist import pretrained
+from letit_dist import hub, pretrained
+from letit_dist.cards import Card
 from letit_dist.config import StrictConfig, as_tree, parse_kind
 from letit_dist.errors import UserError
 from letit_dist.registry import ENERGIES
@@ -135,17 +136,37 @@ class EnergyModel(nn.Module):
         """16 hex digits that identify config and weights."""
         return pretrained.tensors_fingerprint(as_tree(self.config), self.state_dict())
 
-    def save_pretrained(self, folder: str | Path, **extra: Any) -> str:
-        """Write config.json and model.safetensors, `extra` beside the config; returns the fingerprint."""
-        return pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra)
+    def save_pretrained(self, folder: str | Path, *, card: Card | None = None, **extra: Any) -> str:
+        """Write config.json and model.safetensors, `extra` beside the config, and with `card` a README.md; returns
+        the fingerprint."""
+        text = None if card is None else self._card_text(card, extra)
+        return pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra, card=text)
+
+    def push_to_hub(self, repo_id: str, *, card: Card | None = None, private: bool = True, **extra: Any) -> str:
+        """Send what `save_pretrained` writes, `self.extra` included, to the Hugging Face Hub; returns its address."""
+        kept, card = {**self.extra, **extra}, card or Card()
+        return hub.push(lambda folder: self.save_pretrained(folder, card=card, **kept), repo_id, private=private)
+
+    def _card_text(self, card: Card, extra: dict[str, Any]) -> str:
+        facts = {
+            "energy": self.config.kind,
+            "latents": " x ".join(map(str, self.latent_shape)),
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+            "fingerprint": self.fingerprint(),
+            **{name: value for name, value in extra.items() if value is not None},
+        }
+        use = 'import letit_dist\n\nenergy = letit_dist.load_energy("this folder, or its id on the Hub")'
+        return card.text(f"{self.config.kind} energy of latents", facts, use)
 
     @classmethod
     def from_pretrained(cls: type[M], folder: str | Path) -> M:
-        """The energy of a folder, frozen and in eval mode, on the CPU; `extra` holds what was kept beside it.
+        """The energy of a folder, of a run's newest export, or of an id on the Hub (see `pretrained.find_folder`);
+        frozen and in eval mode, on the CPU; `extra` holds what was kept beside it.
 
         Raises UserError for a folder that is missing, damaged or changed, an unknown kind, another kind than
         this class, and for keys that are missing, left over or of another shape (all listed).
         """
+        folder = pretrained.find_folder(folder)
         tree, tensors = pretrained.read_folder(folder)
         config = parse_kind(ENERGIES, tree, str(Path(folder) / pretrained.CONFIG))
         model = ENERGIES.get(config.kind)(config)
@@ -182,7 +203,7 @@ def build_energy(
 
 
 def load_energy(folder: str | Path) -> EnergyModel:
-    """The energy of a folder, of whatever kind; see `EnergyModel.from_pretrained`."""
+    """The energy of a folder, a run or an id on the Hub, of whatever kind; see `EnergyModel.from_pretrained`."""
     return EnergyModel.from_pretrained(folder)
 
 

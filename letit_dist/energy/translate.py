@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from letit_dist import pretrained, rng
+from letit_dist import hub, pretrained, rng
 from letit_dist.autoencoders.base import Autoencoder, load_autoencoder
+from letit_dist.cards import Card
 from letit_dist.config import as_tree, parse_config, read_tree
+from letit_dist.energy.folders import is_translator_folder, read_translators, save_translators
 from letit_dist.energy.langevin import LangevinConfig, LangevinResult, LangevinSampler, Noise
 from letit_dist.energy.models import EnergyModel, load_energy, split_condition
 from letit_dist.errors import UserError
@@ -40,6 +42,7 @@ class Translator:
 
     precision: Precision = "fp32"
     origin: Path | None = None  # the run folder, or folder of weights, that its energy was read from
+    autoencoder_origin: str | Path | None = None  # the folder, or id on the Hub, of its autoencoder
 
     def __init__(self, autoencoder: Autoencoder, energy: EnergyModel, sampler: LangevinSampler):
         if energy.latent_shape != tuple(autoencoder.latent_shape):
@@ -49,6 +52,39 @@ class Translator:
         self.autoencoder = autoencoder
         self.energy = energy
         self.sampler = sampler
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        autoencoder: str | Path | None = None,
+        to: str | None = None,
+        source: str | None = None,
+    ) -> Translator:
+        """The translator of a folder that `save_pretrained` wrote, of an id on the Hub, or of a run of
+        launch/train_energy.py; on the CPU.
+
+        `to` and `source` choose among several (see `choose_translator`), `autoencoder` is its folder or id if the
+        folder does not say or hold it. Raises UserError for what is missing, damaged, newer, or does not belong
+        together. A path that exists is never looked for on the Hub.
+        """
+        return choose_translator([path], autoencoder, to, source)
+
+    def save_pretrained(self, folder: str | Path, *, card: Card | None = None, with_autoencoder: bool = False) -> None:
+        """Write energy, settings of the chain, fingerprint of the autoencoder and a model card; see
+        `energy.folders.save_translators`, which takes several. `with_autoencoder` puts a copy of that beside them."""
+        save_translators([self], folder, card=card, with_autoencoder=with_autoencoder)
+
+    def push_to_hub(
+        self, repo_id: str, *, card: Card | None = None, private: bool = True, with_autoencoder: bool = True
+    ) -> str:
+        """Send what `save_pretrained` writes to a repository of the Hugging Face Hub; returns its address."""
+        return hub.push(
+            lambda folder: self.save_pretrained(folder, card=card, with_autoencoder=with_autoencoder),
+            repo_id,
+            private=private,
+        )
 
     def to(self, device: torch.device | str) -> Translator:
         """Move both networks; returns self."""
@@ -238,7 +274,10 @@ def load_translators(autoencoder_folder: str | Path, energy_folder: str | Path) 
         config = parse_config(LangevinConfig, energy.extra["langevin"])
     except UserError as error:
         raise UserError("\n".join(f"{where}: extra.langevin: {line}" for line in str(error).splitlines())) from None
-    return [Translator(autoencoder, part, LangevinSampler(config)) for part in _alone(energy)]
+    translators = [Translator(autoencoder, part, LangevinSampler(config)) for part in _alone(energy)]
+    for translator in translators:
+        translator.autoencoder_origin = autoencoder_folder
+    return translators
 
 
 def _alone(energy: EnergyModel) -> list[EnergyModel]:
@@ -255,8 +294,16 @@ def _alone(energy: EnergyModel) -> list[EnergyModel]:
 
 
 def open_translators(energy: str | Path, autoencoder: str | Path | None = None) -> list[Translator]:
-    """The translators of a run folder of launch/train_energy.py, whose configuration names its autoencoder, or
-    of a folder of weights together with `autoencoder` (a folder of weights or a pretraining run)."""
+    """The translators of a folder of them (see `energy.folders`), of a run folder of launch/train_energy.py, whose
+    configuration names its autoencoder, or of a folder of weights together with `autoencoder` (a folder of weights or a
+    pretraining run). Each of them may be an id on the Hub."""
+    if hub.is_hub_id(energy):
+        fetched = hub.fetch(str(energy))
+        if is_translator_folder(fetched):
+            return read_translators(energy, autoencoder)
+        energy = fetched
+    if is_translator_folder(Path(energy)):
+        return read_translators(energy, autoencoder)
     folder = pretrained.find_folder(energy)
     if not folder.is_dir():
         raise UserError(f"no such energy: {energy} (a run folder of launch/train_energy.py, or its export)")

@@ -8,11 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from letit_dist.data.inputs import Images
 from letit_dist.data.progress import Progress
-from letit_dist.data.transforms import to_images, to_pixels
+from letit_dist.data.transforms import picture_pixels, resize_crop, to_images, to_pixels
 from letit_dist.energy.classifier import LatentClassifier
 from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
@@ -66,6 +67,25 @@ def _translate(translator: Translator, pixels: Tensor, places: Sequence[int], op
     del result  # the images as floats, before others are decoded
     again = to_pixels(translator.decode(source, noise=noise)).cpu() if options.sheet else None
     return _Chunk(images, again, frames, steps)
+
+
+def translate_picture(
+    translator: Translator,
+    picture: Image.Image,
+    *,
+    strength: float = 1.0,
+    steps: int | None = None,
+    step_size: float | None = None,
+    seed: int = 0,
+) -> Image.Image:
+    """A picture, cropped to its centred square and resized as the programs do, to its translation.
+
+    Settings are those of `Translator.transport`; `seed` is of the noise of chain and decoder, where they have any.
+    Raises UserError for a picture that cannot be read and settings out of range.
+    """
+    pixels = resize_crop(picture_pixels(picture), translator.autoencoder.config.resolution)
+    options = TranslateOptions(steps=steps, step_size=step_size, strength=strength, seed=seed)
+    return to_picture(_translate(translator, pixels[None], [0], options).images[0])
 
 
 def plan_translation(translator: Translator, count: int, options: TranslateOptions, budget: int) -> MemoryPlan:

@@ -1,0 +1,145 @@
+"""The demo: what its page calls, and the page itself in a real browser."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import CHROMIUM, Browser
+from PIL import Image
+from programs import ROOT
+from test_hub import translator
+
+import letit_dist
+from letit_dist import demo
+from letit_dist.data.synthetic import fruit
+from letit_dist.energy.folders import save_translators
+from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two translators between cats and dogs, and a picture."""
+    root = tmp_path_factory.mktemp("demo")
+    ways = [translator("cat", "dog"), translator("dog", "cat", seed=1)]
+    save_translators(ways, root / "both", with_autoencoder=True)
+    Image.fromarray(fruit("apple", 0, 0, 96)[0]).save(root / "apple.png")
+    return root
+
+
+def test_translators_by_the_names_of_the_page(folder, tmp_path):
+    found = demo.open_all([str(folder / "both")])
+    assert list(found) == ["cat to dog", "dog to cat"]
+    assert list(demo.open_all([str(folder / "both"), str(folder / "both")]))[2:] == ["cat to dog (2)", "dog to cat (2)"]
+    translator(None, None).save_pretrained(tmp_path / "t", with_autoencoder=True)
+    assert list(demo.open_all([str(tmp_path / "t")])) == ["any to target"]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.2, 1 / 3, 0.5, 0.9, 1.0])
+def test_the_strength_is_that_of_the_programs(folder, strength):
+    """One walk decoded anywhere equals a translation made for that strength alone."""
+    one = translator()
+    one.sampler = LangevinSampler(LangevinConfig(steps=3, step_size=50.0, noise_scale=1.0))
+    picture = Image.open(folder / "apple.png")
+    found = np.asarray(demo.walk(one, picture).at(strength)).astype(int)
+    wanted = np.asarray(letit_dist.translate_picture(one, picture, strength=strength)).astype(int)
+    assert abs(found - wanted).max() <= 1  # rounding of a point between two steps
+    others = [np.asarray(demo.walk(one, picture).at(s)).astype(int) for s in (0.0, 1 / 3, 2 / 3, 1.0) if s != strength]
+    assert all(abs(found - other).max() > 3 for other in others)
+
+
+def test_the_trajectory_is_every_step(folder, tmp_path):
+    found = demo.walk(translator(), Image.open(folder / "apple.png"))
+    assert len(found.frames()) == 4 and torch.equal(found.path[0], found.translator.encode(_images(found))[0])
+    paths = [demo.trajectory(found, tmp_path) for _ in range(2)]
+    assert paths[0] != paths[1]
+    with Image.open(paths[0]) as animation:
+        assert animation.format == "GIF" and animation.n_frames == 4
+
+
+def _images(found):
+    return found.source[None] / 127.5 - 1
+
+
+def test_without_gradio_one_line_says_what_to_install(folder):
+    code = "import sys; sys.modules['gradio'] = None\nimport importlib.util as u\n"
+    code += "find = u.find_spec\nu.find_spec = lambda name, *a: None if name == 'gradio' else find(name, *a)\n"
+    code += f"from letit_dist import demo; sys.exit(demo.main([{str(folder / 'both')!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr == "error: the demo needs gradio: pip install 'letit_dist[demo]'\n"
+
+
+def test_help_is_quick():
+    command = [sys.executable, "-X", "importtime", "-m", "letit_dist.demo", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "python -m letit_dist.demo runs/cats2dogs" in done.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "numpy", "pydantic", "gradio"}
+
+
+@pytest.fixture
+def served(folder):
+    """The address of the page, from its own process; the second value is what that said."""
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'letit_dist[demo]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "letit_dist.demo", str(folder / "both"), "--port", str(port)]
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    address, end = f"http://127.0.0.1:{port}/", time.monotonic() + 120
+    try:
+        while True:
+            assert process.poll() is None, process.stdout.read()
+            try:
+                urllib.request.urlopen(address).close()
+                break
+            except OSError:
+                assert time.monotonic() < end
+                time.sleep(0.3)
+        yield address
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+
+
+# The images of the page in order: the picture, what the autoencoder sees, the translation, the trajectory.
+SOURCES = "[...document.querySelectorAll('img')].map(i => i.src).filter(s => s.includes('/file='))"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
+def test_the_page_in_a_real_browser(served, folder, tmp_path):
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(served)
+        browser.wait("document.querySelector('input[type=file]') !== null")
+        assert browser.evaluate(f"{SOURCES}.length") == 0
+        browser.give_file("input[type=file]", folder / "apple.png")
+        browser.wait(f"{SOURCES}.length == 4")
+        browser.wait("[...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0)")
+        before = browser.evaluate(SOURCES)
+        assert before[3].endswith(".gif")
+        drag = "(() => { const s = document.querySelector('input[type=range]'); s.value = 0; "
+        drag += "s.dispatchEvent(new Event('input', {bubbles: true})); return s.value; })()"
+        browser.evaluate(drag)
+        browser.wait(f"{SOURCES}[2] != {before[2]!r}")
+        after = browser.evaluate(SOURCES)
+        assert after[3] == before[3], "the chain was not walked again"
+        one = demo.open_all([str(folder / "both")])["cat to dog"]
+        chain = demo.walk(one, Image.open(folder / "apple.png"))
+        for address, strength in ((before[2], 1.0), (after[2], 0.0)):
+            with urllib.request.urlopen(address) as answer, Image.open(answer) as shown:
+                small = np.asarray(shown.convert("RGB").resize((32, 32), 0)).astype(int)
+            assert abs(small - np.asarray(chain.at(strength))).mean() < 4  # it may come as a lossy WebP
+        picture = Path(os.environ.get("LETIT_DEMO_SCREENSHOT", tmp_path / "demo.png"))
+        browser.screenshot(picture)
+        with Image.open(picture) as seen:
+            assert seen.width > 1000 and len(np.unique(np.asarray(seen.convert("L")))) > 50
