@@ -520,7 +520,11 @@ def test_images_that_cannot_be_compared(tmp_path, fruit_shards, fruit_latents):
         open_image_set(folder).read([0])
     assert open_image_set(folder, 24).read(range(4))[0].shape == (4, 3, 24, 24)
     (tmp_path / "empty").mkdir()
-    for path, words in (("empty", "no images below this folder"), ("nowhere", "no such folder"), ("mixed/000.png", "is a file")):
+    for path, words in (
+        ("empty", "no images below this folder"),
+        ("nowhere", "no such folder"),
+        ("mixed/000.png", "is a file"),
+    ):
         with pytest.raises(UserError, match=words):
             open_image_set(tmp_path / path)
     with pytest.raises(UserError, match="holds codes, not images"):

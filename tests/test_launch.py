@@ -22,7 +22,13 @@ from letit_dist.energy.translate import open_translator
 from letit_dist.evaluation.latents import measure_unit
 from letit_dist.pretrained import find_folder
 
-PROGRAMS = ["launch/pretrain.py", "launch/encode_latents.py", "launch/train_energy.py", "launch/translate.py", "launch/export.py"]
+PROGRAMS = [
+    "launch/pretrain.py",
+    "launch/encode_latents.py",
+    "launch/train_energy.py",
+    "launch/translate.py",
+    "launch/export.py",
+]
 PROGRAMS += [
     "eval/fidelity.py",
     "eval/paper.py",
@@ -333,8 +339,8 @@ def test_scores(chain, tmp_path):
         assert {f"error_{name}" for name in ("x", "y", "size")} <= set(row)
     first = done.out.splitlines()[0]
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
-        *("method", "target_accuracy", "content_error", "content_correlation", "latent_frechet", "latent_kernel"),
-        *("displacement", "l2_to_source", "fit_seconds", "seconds", "samples"),
+        *("method", "target_accuracy", "content_error", "content_correlation", "kept_accuracy", "latent_frechet"),
+        *("latent_kernel", "displacement", "l2_to_source", "fit_seconds", "seconds", "mib", "samples"),
     ]
     judge = files(tmp_path / "out/judge")
     assert run(*command).code == 0 and files(tmp_path / "out/judge") == judge
