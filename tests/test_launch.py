@@ -33,6 +33,7 @@ PROGRAMS += [
     "eval/fidelity.py",
     "eval/paper.py",
     "eval/reconstruction.py",
+    "eval/report.py",
     "eval/weights.py",
     "eval/translation.py",
     "shards/pack.py",

@@ -141,7 +141,7 @@ def test_the_second_judge_is_kept_for_the_same_question_only(domains, tmp_path, 
 
 def test_factors_are_kept_on_their_side_of_the_middle(monkeypatch):
     judge = Judge(("x", "y"))
-    seen = torch.tensor([[0.1, 0.9], [0.4, 0.2], [0.8, 0.6], [0.6, 0.4]])
+    seen = torch.tensor([[0.1, 0.9], [0.4, 0.2], [0.8, 0.6], [0.6, 0.2]])
     monkeypatch.setattr(judge, "factors", lambda images: seen)
     factors = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.7, 0.3], [0.9, 0.1]])
     images = torch.zeros(4, 3, 64, 64)
