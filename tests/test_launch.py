@@ -34,6 +34,7 @@ PROGRAMS += [
     "eval/paper.py",
     "eval/reconstruction.py",
     "eval/report.py",
+    "eval/study.py",
     "eval/weights.py",
     "eval/translation.py",
     "shards/pack.py",
