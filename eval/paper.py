@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The figures of the paper, one command each.
+"""The figures and tables of the paper, one command each.
 
     python eval/paper.py pies --out runs/pies
     python eval/paper.py shift --energy runs/fruit/apple2orange --back runs/fruit/orange2apple --out runs/shift
     python eval/paper.py trajectories photos/ --energy runs/fruit/apple2orange --out runs/paths
     python eval/paper.py strength photos/ --energy runs/fruit/apple2orange --back runs/fruit/orange2apple --out d
     python eval/paper.py compare photos/ --energy runs/fruit/apple2orange --also CUT=results/cut --out runs/compare
+    python eval/paper.py table3 --data data --run runs/cat2dog runs/dog2cat --out results/table3
 
 pies           the proof of concept (section 4.2, figure 3): one disc of points moved onto another through the latents
                of a linear autoencoder. Writes pies.png and one line of numbers.
@@ -17,6 +18,10 @@ strength       the translation as a dial: at several strengths, where a classifi
                and with --back there and back, with the cycle error. Writes strength.png, .json.
 compare        source, reconstruction, mean shift, ours, and folders of other people's results (figures 4, 6, 7, 9).
                Writes compare.png, and compare.html: one page that wipes between the source and each method.
+table3, table5, table6   the paper's numbers, its baselines' and ours: measures what the runs given by --run can tell on
+               the sets below --data (packed as in docs/data.md), and keeps it; other cells say not yet measured.
+               Writes table*.jsonl, and measured.jsonl.
+table8         MSE by size and dimension of the codebook, of the runs of --sweep. Writes table8.jsonl.
 
 An INPUT is an image, a folder of images, or a shard folder.
 """
@@ -31,6 +36,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from letit_dist.errors import UserError, reports_errors
+
+EVAL = Path(__file__).resolve().parent.parent / "configs" / "eval"
+TABLES = {"table3": "FID", "table5": "KID, FID, days, memory", "table6": "parameters, days", "table8": "codebooks"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -66,6 +74,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     compare.add_argument("--latents", nargs=2, metavar=("SOURCE", "TARGET"), help="for the mean shift (default: the"
                          " run's data.source and data.target)")  # fmt: skip
 
+    tables = [figures.add_parser(name, help=what) for name, what in TABLES.items()]
+    for table in tables[:-1]:
+        table.add_argument("--data", type=Path, metavar="DIR", help="folder of the packed sets")
+        table.add_argument("--run", nargs="+", default=[], metavar="RUN", help="run folders of train_energy.py")
+        table.add_argument(
+            "--tables", type=Path, default=EVAL / "paper_tables.yaml", metavar="YAML", help="(the paper's)"
+        )
+        table.add_argument("--weights", metavar="DIR", help="weight files (see eval/weights.py)")
+        table.add_argument("--random-weights", action="store_true", help="no weight files: numbers that mean nothing")
+    tables[-1].add_argument("--data", type=Path, nargs="+", required=True, metavar="SHARDS", help="images")
+    tables[-1].add_argument("--sweep", type=Path, default=EVAL / "table8.yaml", metavar="YAML", help="(the paper's)")
+    for table in tables:
+        table.add_argument("--batch", type=int, default=16, help="images at once (16)")
+
     for moving in (trajectories, strength, compare):
         moving.add_argument("input", type=Path, help="an image, a folder of images, or a shard folder")
         moving.add_argument("--energy", required=True, nargs="+", metavar="RUN", help="run folders of train_energy.py")
@@ -78,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         opening.add_argument("--to", metavar="DOMAIN", help="where to go, if energies go to several domains")
         opening.add_argument("--from", dest="source", metavar="DOMAIN", help="where from, if several go there")
         opening.add_argument("--autoencoder", help="its folder or run (default: the one that the energy's run names)")
-    for figure in (pies, shift, trajectories, strength, compare):
+    for figure in (pies, shift, trajectories, strength, compare, *tables):
         figure.add_argument("--out", type=Path, required=True, help="folder for the figure and its numbers")
         figure.add_argument("--seed", type=int, default=0, help="of all noise (0)")
     return parser.parse_args(argv)
@@ -176,6 +198,38 @@ def compare(args: argparse.Namespace) -> None:
     tell(write_comparison(run, images, args.out, options, latents=args.latents, others=others), args.out)
 
 
+def table(args: argparse.Namespace) -> None:
+    """Tables 3, 5 and 6."""
+    from letit_dist.evaluation.paper_tables import Job, write_table
+    from letit_dist.evaluation.weights import weights_folder
+
+    if args.figure == "table6" and (args.data or args.random_weights):
+        print(
+            "notice: --data and --random-weights have no effect on table6, which counts and reads logs", file=sys.stderr
+        )
+    where = {"data": args.data, "out": args.out, "protocols": args.tables.parent}
+    how = {"random_weights": args.random_weights, "batch": args.batch, "seed": args.seed}
+    job = Job(**where, weights=weights_folder(args.weights), **how)
+    tell(write_table(args.figure, args.tables, args.run, job), args.out)
+
+
+def table8(args: argparse.Namespace) -> None:
+    """Table 8."""
+    from letit_dist.config import load_config
+    from letit_dist.data.reader import ShardDataset
+    from letit_dist.evaluation.report import write_lines
+    from letit_dist.evaluation.sweep import SweepConfig, sweep_table
+
+    def work() -> Iterator[str]:
+        datasets = [ShardDataset([path]) for path in args.data]
+        shown, cells, missing = sweep_table(load_config(SweepConfig, args.sweep), datasets, batch=args.batch)
+        write_lines(cells, args.out / "table8.jsonl")
+        yield f"table8: MSE of images in [-1, 1]; the paper's own numbers are not known here\n{shown}"
+        yield from ["not yet measured:", *missing] if missing else []
+
+    tell(work(), args.out)
+
+
 def tell(lines: Iterator[str], out: Path) -> None:
     """Print what a figure's maker says while it works; `out` is made before it begins."""
     try:
@@ -195,8 +249,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {args.out} is a file, expected a folder")
     if getattr(args, "count", 1) < 1:
         raise UserError("--count must be at least 1")
-    makers = (pies, shift, trajectories, strength, compare)
-    {maker.__name__: maker for maker in makers}[args.figure](args)
+    if getattr(args, "batch", 1) < 1:
+        raise UserError("--batch must be at least 1")
+    makers = (pies, shift, trajectories, strength, compare, table8)
+    {maker.__name__: maker for maker in makers}.get(args.figure, table)(args)
     return 0
 
 

@@ -367,6 +367,7 @@ def test_a_perfect_translator(judge, examples, data, test_images, tmp_path):
         "target_accuracy",
         "content_error",
         "content_correlation",
+        "kept_accuracy",
         "pair_error",
         "latent_frechet",
         "latent_kernel",
@@ -374,6 +375,7 @@ def test_a_perfect_translator(judge, examples, data, test_images, tmp_path):
         "l2_to_source",
         "fit_seconds",
         "seconds",
+        "mib",
         "samples",
     ]
     write_report(scores, tmp_path / "out")

@@ -35,6 +35,8 @@ PROGRAMS += [
     "eval/paper.py",
     "eval/reconstruction.py",
     "eval/scaling.py",
+    "eval/report.py",
+    "eval/study.py",
     "eval/weights.py",
     "eval/translation.py",
     "shards/pack.py",
@@ -341,8 +343,8 @@ def test_scores(chain, tmp_path):
         assert {f"error_{name}" for name in ("x", "y", "size")} <= set(row)
     first = done.out.splitlines()[0]
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
-        *("method", "target_accuracy", "content_error", "content_correlation", "latent_frechet", "latent_kernel"),
-        *("displacement", "l2_to_source", "fit_seconds", "seconds", "samples"),
+        *("method", "target_accuracy", "content_error", "content_correlation", "kept_accuracy", "latent_frechet"),
+        *("latent_kernel", "displacement", "l2_to_source", "fit_seconds", "seconds", "mib", "samples"),
     ]
     judge = files(tmp_path / "out/judge")
     assert run(*command).code == 0 and files(tmp_path / "out/judge") == judge

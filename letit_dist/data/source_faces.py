@@ -154,7 +154,7 @@ class _AttributedFaces(Layout):
         if found is None:
             raise UserError(f"{spec}: no {cls.FOLDERS[0]} with images beside {cls.TABLES[0]} here")
         root, table, inside = found
-        values = _attribute(table, request.attribute) if request.attribute else None
+        values = read_attribute(table, request.attribute) if request.attribute else None
         splits = cls._splits(root)
         yes, no = SIDES.get(request.attribute, (str(request.attribute).lower(), f"not_{request.attribute}".lower()))
         files: list[tuple[str | None, str | None, str, dict[str, Any]]] = []
@@ -261,7 +261,7 @@ def _table(path: Path) -> list[tuple[int, list[str]]]:
     return [(number, re.split(r"[,\s]+", line.strip())) for number, line in lines if line.strip()]
 
 
-def _attribute(path: Path, name: str) -> dict[str, bool]:
+def read_attribute(path: Path, name: str, *, option: str = "--attribute") -> dict[str, bool]:
     """Stem of the file -> whether it has the attribute."""
     rows = _table(path)
     if rows and len(rows[0][1]) == 1:
@@ -272,7 +272,7 @@ def _attribute(path: Path, name: str) -> dict[str, bool]:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise UserError(f"--attribute {name}: {path} has {', '.join(names[:40])}{hint}")
+        raise UserError(f"{option} {name}: {path} has {', '.join(names[:40])}{hint}")
     column = names.index(name) + 1
     values = {}
     for line, row in rows[1:]:

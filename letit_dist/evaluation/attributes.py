@@ -6,7 +6,7 @@ true factors of the images are known, a regressor of the factors that a translat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset, batches
 from letit_dist.data.transforms import to_images
 from letit_dist.errors import UserError
+
+_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def read_examples(source: ShardDataset, target: ShardDataset) -> Examples:
     )
 
 
-def _network(outputs: int) -> nn.Sequential:
+def small_network(outputs: int) -> nn.Sequential:
     """(B, 3, 64, 64) -> (B, outputs)"""
     layers: list[nn.Module] = []
     for inputs, width in ((3, 24), (24, 48), (48, 96), (96, 96)):
@@ -83,31 +85,31 @@ def _network(outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 4 * 4, outputs))
 
 
+def seen_by_judge(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as a judge sees them, (B, 3, 64, 64)."""
+    if images.shape[-1] != _SIDE:
+        images = F.interpolate(images, (_SIDE, _SIDE), mode="bilinear", antialias=True)
+    return images.clamp(-1, 1)
+
+
 class Judge(nn.Module):
     """`domain(images)` -> probability of the target (B,); `factors(images)` -> (B, F)."""
-
-    SIDE = 64
 
     def __init__(self, names: Sequence[str]):
         super().__init__()
         self.names = tuple(names)
-        self.classifier = _network(1)
-        self.regressor = _network(len(names)) if names else None
-
-    def _input(self, images: Tensor) -> Tensor:
-        if images.shape[-1] != self.SIDE:
-            images = F.interpolate(images, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
-        return images.clamp(-1, 1)
+        self.classifier = small_network(1)
+        self.regressor = small_network(len(names)) if names else None
 
     def domain(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> (B,) probability that they belong to the target domain."""
-        return torch.sigmoid(self.classifier(self._input(images)).squeeze(1))
+        return torch.sigmoid(self.classifier(seen_by_judge(images)).squeeze(1))
 
     def factors(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> (B, F) in the order of `names`."""
         if self.regressor is None:
             raise ValueError("no factors are known for these domains")
-        return self.regressor(self._input(images))
+        return self.regressor(seen_by_judge(images))
 
 
 def _degrade(images: Tensor, amount: Tensor) -> Tensor:
@@ -117,30 +119,48 @@ def _degrade(images: Tensor, amount: Tensor) -> Tensor:
     return images.lerp(blurred, (2 * amount - 1).clamp(min=0).view(-1, 1, 1, 1).to(images))
 
 
-def train_judge(examples: Examples, *, steps: int = 300, batch: int = 64, seed: int = 0) -> Judge:
-    """Learn from real images alone. Deterministic for a seed; about 20 s on two CPU cores."""
-    torch.manual_seed(rng.seed_for(seed, "judge weights", 0))
-    judge = Judge(examples.names)
+def learn(
+    judge: nn.Module,
+    pixels: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    *,
+    steps: int,
+    batch: int,
+    draws: torch.Generator,
+    label: str,
+) -> None:
+    """Train on pixels uint8 (N, 3, H, W), in place; `loss_of(images (B, 3, 64, 64), rows (B,))` is the loss."""
     judge.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    draws = rng.generator(seed, "judge batches", 0)
-    with Progress("training the judge", steps * batch) as progress:
+    with Progress(label, steps * batch) as progress:
         for _ in range(steps):
-            rows = torch.randint(len(examples.pixels), (batch,), generator=draws)
-            images = judge._input(to_images(examples.pixels[rows]))
-            images = _degrade(images, torch.rand(batch, generator=draws))
-            images = images.contiguous(memory_format=torch.channels_last)
-            logits = judge.classifier(images).squeeze(1)
-            loss = F.binary_cross_entropy_with_logits(logits, examples.domain[rows].float())
-            if judge.regressor is not None:
-                loss = loss + 10 * F.mse_loss(judge.regressor(images), examples.factors[rows])
+            rows = torch.randint(len(pixels), (batch,), generator=draws)
+            images = _degrade(seen_by_judge(to_images(pixels[rows])), torch.rand(batch, generator=draws))
+            loss = loss_of(images.contiguous(memory_format=torch.channels_last), rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             progress.step(batch)
-    return judge.eval().requires_grad_(False)
+    judge.eval().requires_grad_(False)
+
+
+def train_judge(examples: Examples, *, steps: int = 300, batch: int = 64, seed: int = 0) -> Judge:
+    """Learn from real images alone. Deterministic for a seed; about 20 s on two CPU cores."""
+    torch.manual_seed(rng.seed_for(seed, "judge weights", 0))
+    judge = Judge(examples.names)
+
+    def loss_of(images: Tensor, rows: Tensor) -> Tensor:
+        logits = judge.classifier(images).squeeze(1)
+        loss = F.binary_cross_entropy_with_logits(logits, examples.domain[rows].float())
+        if judge.regressor is not None:
+            loss = loss + 10 * F.mse_loss(judge.regressor(images), examples.factors[rows])
+        return loss
+
+    draws = rng.generator(seed, "judge batches", 0)
+    learn(judge, examples.pixels, loss_of, steps=steps, batch=batch, draws=draws, label="training the judge")
+    return judge
 
 
 def load_or_train_judge(examples: Examples, folder: Path, *, steps: int = 300, seed: int = 0) -> Judge:
@@ -158,17 +178,23 @@ def load_or_train_judge(examples: Examples, folder: Path, *, steps: int = 300, s
 
 
 @torch.no_grad()
-def judge_images(judge: Judge, images: Tensor, factors: Tensor | None, *, chunk: int = 256) -> dict[str, float]:
+def judge_images(
+    judge: Judge, images: Tensor, factors: Tensor | None, middle: Tensor | None = None, *, chunk: int = 256
+) -> dict[str, float]:
     """Scores of images (N, 3, H, W) in [-1, 1]: `target_accuracy`, the share taken for the target domain, and, of the
-    factors (N, F) that should have been kept, `content_error`, their mean absolute error, and `content_correlation`,
-    the mean over factors of the correlation between what they were and what is seen."""
-    parts = images.split(chunk)
+    factors (N, F) that should have been kept, `content_error`, their mean absolute error, `content_correlation`, the
+    mean over factors of the correlation between what they were and what is seen, and, with their `middle` (F,),
+    `kept_accuracy`, the share that is seen on the side of the middle where it was."""
+    device = next(judge.parameters()).device
+    parts = [part.to(device) for part in images.split(chunk)]
     scores = {"target_accuracy": float(torch.cat([judge.domain(p) for p in parts]).gt(0.5).float().mean())}
     if factors is not None and judge.regressor is not None:
-        seen = torch.cat([judge.factors(p) for p in parts])
+        seen = torch.cat([judge.factors(p) for p in parts]).cpu()
         error = (seen - factors).abs().mean(0)
         scores["content_error"] = float(error.mean())
         scores["content_correlation"] = float(_correlations(seen, factors).mean())
+        if middle is not None:
+            scores["kept_accuracy"] = float(((seen > middle) == (factors > middle)).float().mean())
         scores |= {f"error_{name}": float(value) for name, value in zip(judge.names, error, strict=True)}
     return scores
 

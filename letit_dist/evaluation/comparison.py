@@ -40,18 +40,23 @@ class Comparison:
     rows: dict[str, list[Tensor]]  # pixels (3, H, W) on the CPU
 
 
-def parse_others(arguments: Sequence[str]) -> dict[str, Path]:
-    """NAME=FOLDER, each a row of its own. Raises one UserError for all that are not so."""
+def parse_others(
+    arguments: Sequence[str],
+    *,
+    option: str = "--also",
+    taken: Sequence[str] = (SOURCE, RECONSTRUCTION, MEAN_SHIFT, OURS),
+) -> dict[str, Path]:
+    """NAME=FOLDER, each a row of its own, none of those `taken`. Raises one UserError for all that are not so."""
     others: dict[str, Path] = {}
     problems = []
     for argument in arguments:
         name, equals, folder = argument.partition("=")
         if not (name and equals and folder):
-            problems.append(f"--also {argument}: expected NAME=FOLDER")
-        elif name in (SOURCE, RECONSTRUCTION, MEAN_SHIFT, OURS, *others):
-            problems.append(f"--also {argument}: there is a row {name!r} already")
+            problems.append(f"{option} {argument}: expected NAME=FOLDER")
+        elif name in (*taken, *others):
+            problems.append(f"{option} {argument}: there is a row {name!r} already")
         elif not Path(folder).is_dir():
-            problems.append(f"--also {argument}: no such folder")
+            problems.append(f"{option} {argument}: no such folder")
         else:
             others[name] = Path(folder)
     if problems:
@@ -59,7 +64,9 @@ def parse_others(arguments: Sequence[str]) -> dict[str, Path]:
     return others
 
 
-def match_others(others: Mapping[str, Path], names: Sequence[str]) -> dict[str, dict[str, Path]]:
+def match_others(
+    others: Mapping[str, Path], names: Sequence[str], *, option: str = "--also"
+) -> dict[str, dict[str, Path]]:
     """For each folder the file of each of these names, whatever its ending. Raises one UserError that lists every
     name without a file, or with several."""
     matched: dict[str, dict[str, Path]] = {}
@@ -72,9 +79,9 @@ def match_others(others: Mapping[str, Path], names: Sequence[str]) -> dict[str, 
         missing = [name for name in names if name not in files]
         double = [path.name for name in names for path in files.get(name, []) if len(files[name]) > 1]
         if missing:
-            problems.append(f"--also {label}={folder}: no image of the name {', '.join(missing)}")
+            problems.append(f"{option} {label}={folder}: no image of the name {', '.join(missing)}")
         if double:
-            problems.append(f"--also {label}={folder}: several images of one name: {', '.join(double)}")
+            problems.append(f"{option} {label}={folder}: several images of one name: {', '.join(double)}")
         matched[label] = {name: files[name][0] for name in names if name in files}
     if problems:
         raise UserError("\n".join(problems))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset
@@ -16,12 +16,22 @@ from letit_dist.data.transforms import to_images
 from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.attributes import Examples, Judge, judge_images, read_factors, read_pixels
+from letit_dist.evaluation.decoded import DecodedFidelity
+from letit_dist.evaluation.extractors import Extractor
 from letit_dist.evaluation.image_distances import l2
+from letit_dist.evaluation.kept import Keeper
 from letit_dist.evaluation.rivals import Move, Nearness, fit_rivals
 from letit_dist.evaluation.tables import markdown
+from letit_dist.memory import peak_bytes
 from letit_dist.pretrained import tensors_fingerprint
 
 _SHEET = 10
+_COLUMNS = (
+    *("method", "valid", "target_accuracy", "content_error", "content_correlation", "kept_accuracy", "pair_error"),
+    *("latent_frechet", "latent_kernel", "displacement", "l2_to_source"),
+    *("lpips_alex", "lpips_vgg", "lpips_squeeze", "fid_real", "kid_real", "fid_decoded", "kid_decoded"),
+    *("fit_seconds", "seconds", "mib", "samples"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,26 +42,14 @@ class Scores:
     images: dict[str, Tensor]
 
     def table(self) -> str:
-        """The rows as Markdown; the error of each single factor stays in the JSON lines."""
-        columns = (
-            "method",
-            "target_accuracy",
-            "content_error",
-            "content_correlation",
-            "pair_error",
-            "latent_frechet",
-            "latent_kernel",
-            "displacement",
-            "l2_to_source",
-            "fit_seconds",
-            "seconds",
-            "samples",
-        )
-        return markdown(self.rows, [c for c in columns if any(c in row for row in self.rows)])
+        """The rows as Markdown; single factors, attributes and equal counts stay in the JSON lines."""
+        hidden = {"valid"} if all(row.get("valid", True) for row in self.rows) else set()
+        found = {name for row in self.rows for name in row} - hidden
+        return markdown(self.rows, [column for column in _COLUMNS if column in found])
 
 
 def _encode(translator: Translator, pixels: Tensor, batch: int) -> Tensor:
-    return torch.cat([translator.encode(to_images(part)) for part in pixels.split(batch)])
+    return torch.cat([translator.encode(to_images(part.to(translator.device))) for part in pixels.split(batch)])
 
 
 def _paired(test: ShardDataset, pairs: ShardDataset) -> Tensor:
@@ -87,25 +85,40 @@ def score_translations(
     batch: int = 64,
     seed: int = 0,
     baselines: Sequence[str] = ("mean shift",),
+    keeper: Keeper | None = None,
+    perceptual: Mapping[str, nn.Module] | None = None,
+    extractor: Extractor | None = None,
+    real: Tensor | None = None,
     say: Callable[[str], object] = print,
 ) -> Scores:
     """Score the real test images, their reconstructions, the baselines (see `fit_rivals`) and the translations.
 
     Baselines are fitted on the training images in `examples`, in `fit_seconds`. `seconds` is the time from the
     source's latents to the decoded images of the method, for all samples. `l2_to_source` is the mean Euclidean
-    distance to the source image, both in [0, 1]; see `Nearness` for the distances of latents.
+    distance to the source image, both in [0, 1]; see `Nearness` for the distances of latents. `mib` are the tensors
+    that live at the peak while one batch is moved and decoded, weights of the autoencoder (and the energy) included.
+
+    `keeper` sees whether attributes are kept, `perceptual` holds LPIPS by the name of its backbone, `extractor` gives
+    FID and KID to `real` images of the target, pixels uint8 (M, 3, H, W), or its training images; see the modules
+    `kept` and `decoded`. All of these are where the translator is.
     """
     check_sizes(translator, test=test, pairs=pairs)
     pixels = read_pixels(test)
     factors, names = read_factors(test)
     if judge.names and names != judge.names:
         raise UserError(f"--test has the factors {', '.join(names) or 'none'}, --train has {', '.join(judge.names)}")
+    truth = keeper.truth(test) if keeper is not None else None
+    middle = examples.factors.median(0).values if examples.factors is not None and keeper is None else None
     counterparts = _paired(test, pairs) if pairs is not None else None
     domains = [examples.pixels[examples.domain == d] for d in (0, 1)]
     source, target = (_encode(translator, part, batch) for part in domains)
     rivals = fit_rivals(baselines, source, target, seed=seed, say=say)
     latents = _encode(translator, pixels, batch)
     nearness = Nearness(latents, target, translator.energy.unit, say=say)
+    fidelity = None
+    if extractor is not None:
+        goal = domains[1] if real is None else real
+        fidelity = DecodedFidelity(translator, goal, extractor, batch=batch, seed=seed, say=say)
     moved: dict[str, Tensor] = {}
 
     def decoded(name: str, move: Move) -> Tensor:
@@ -115,10 +128,19 @@ def score_translations(
                 # The same for every method: what differs between two of them is what they did.
                 noise = translator.autoencoder.decoder_noise(seed, places)
                 ends.append(move(latents[places], places))
-                parts.append(translator.decode(ends[-1], noise=noise).clamp(-1, 1))
+                parts.append(translator.decode(ends[-1], noise=noise).clamp(-1, 1).cpu())
                 progress.step(len(places))
         moved[name] = torch.cat(ends)
         return torch.cat(parts)
+
+    def peak(name: str, move: Move) -> float:
+        """MiB of one batch."""
+        places = torch.arange(min(batch, len(latents)))
+        noise = translator.autoencoder.decoder_noise(seed, places)
+        networks = (translator.autoencoder, *([translator.energy] if name == "translation" else []))
+        held = sum(t.numel() * t.element_size() for n in networks for t in (*n.parameters(), *n.buffers()))
+        run = peak_bytes(lambda: translator.decode(move(latents[places], places), noise=noise), translator.device)
+        return round((held + run) / 2**20, 1)
 
     moves: dict[str, Move] = {
         "reconstruction": lambda z, _: z,
@@ -134,11 +156,17 @@ def score_translations(
         begun = time.perf_counter()
         result = method()
         seconds = round(time.perf_counter() - begun, 3)
-        row = {"method": name, **judge_images(judge, result, factors), "seconds": seconds}
+        row = {"method": name, **judge_images(judge, result, factors, middle), "seconds": seconds}
+        if keeper is not None:
+            row |= keeper.scores(result, truth)
         if counterparts is not None:
             row["pair_error"] = float((result - counterparts).square().mean().sqrt())
         if name in moved:
-            row |= {**nearness.of(moved.pop(name)), "l2_to_source": _l2(result, pixels, batch)}
+            row |= {**nearness.of(moved.pop(name)), "l2_to_source": _to_source(l2, result, pixels, batch) / 2}
+            row |= {f"lpips_{net}": _to_source(of, result, pixels, batch) for net, of in (perceptual or {}).items()}
+            row["mib"] = peak(name, moves[name])
+        if fidelity is not None:
+            row |= fidelity.of(name, result)
         if name in rivals:
             row["fit_seconds"] = rivals[name].fit_seconds
         row |= {
@@ -158,9 +186,11 @@ def score_translations(
     return Scores(rows, images)
 
 
-def _l2(images: Tensor, pixels: Tensor, batch: int) -> float:
-    parts = zip(images.split(batch), to_images(pixels).split(batch), strict=True)
-    return float(torch.cat([l2(a, b) / 2 for a, b in parts]).mean())  # [-1, 1] is twice as wide
+def _to_source(distance: Callable[[Tensor, Tensor], Tensor], images: Tensor, pixels: Tensor, batch: int) -> float:
+    """Mean of a distance between images in [-1, 1], where its network is."""
+    device = next(distance.parameters()).device if isinstance(distance, nn.Module) else images.device
+    pairs = zip(images.split(batch), to_images(pixels).split(batch), strict=True)
+    return float(torch.cat([distance(a.to(device), b.to(device)).flatten().cpu().double() for a, b in pairs]).mean())
 
 
 def _spread(count: int) -> Tensor:
