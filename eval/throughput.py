@@ -12,6 +12,8 @@ each. On a GPU the clock is the GPU's own.
           formulation, eval/naive_alae.py, against the trainer
   data    reading images for training, on one core: ImageFolder, Pillow, Resize and ToTensor over JPEG files against
           the reader over shards of the same; then how long an index takes to load, and memory over many samples
+  ranks   the same pretraining by one process and by several, each with one thread: images a second
+  save    what a checkpoint and a resume take of training
 """
 
 from __future__ import annotations
@@ -89,8 +91,7 @@ def data_options(parser: argparse.ArgumentParser) -> None:
 def data(args: argparse.Namespace) -> Iterator:
     """Reading at both sizes, then two facts."""
     at_least_one(args, "images", "batch", "entries", "samples")
-    if given := [f"--{name}" for name in ("bf16", "compile") if getattr(args, name)]:
-        raise UserError(f"{' and '.join(given)} has no effect on data: leave it out")
+    without_effect(args, "bf16", "compile")
     if args.device == "cuda":
         raise UserError("--device cuda has no effect on data, which is read by CPUs: leave it out")
     if args.images % args.batch:
@@ -135,8 +136,76 @@ def data(args: argparse.Namespace) -> Iterator:
         yield Fact("resident memory, MiB, samples of 16 pixels", shown)
 
 
-# name -> (its options, a generator of its matches)
-BENCHMARKS = {"alae": (alae_options, alae), "data": (data_options, data)}
+def ranks_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--launch", type=Path, default=Path("launch/accelerate/cpu2.yaml"), metavar="FILE", help="of accelerate (cpu2)")
+    add("--config", type=Path, default=Path("configs/debug/vqvae2.yaml"), metavar="FILE", help="of pretrain.py")
+    add("--images", type=int, default=512, metavar="N", help="of a timed interval; a run has four (512)")
+    add("overrides", nargs="*", metavar="key=value", help="of the configuration")
+
+
+def ranks(args: argparse.Namespace) -> Iterator:
+    """One process and several, in turns."""
+    at_least_one(args, "images")
+    without_effect(args, "bf16", "compile", "threads")
+    import statistics
+
+    from rank_speed import RankSpeed
+
+    from letit_dist.evaluation.benchmark import Fact
+
+    with tempfile.TemporaryDirectory() as folder:
+        speed = RankSpeed(Path(folder), args.config, args.launch, images=args.images, overrides=args.overrides)
+        pairs = [(speed.rate(several=False), speed.rate(several=True)) for _ in range(args.repeats)]
+    shares = sorted(several / (speed.ranks * one) for one, several in pairs)
+    yield Fact("images a second, one rank", ", ".join(f"{one:.1f}" for one, _ in pairs))
+    yield Fact(f"images a second, {speed.ranks} ranks", ", ".join(f"{several:.1f}" for _, several in pairs))
+    share = f"{statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})"
+    yield Fact(f"of {speed.ranks} times one rank", f"{share} (target: at least 0.8, with a core for each rank)")
+
+
+def save_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--configs", type=Path, nargs="+", metavar="FILE", help="of pretrain.py (VQ-VAE-2 at 256, ALAE at 1024)")
+    add("--batch", type=int, default=1, metavar="N", help="images of the iterations that are timed (1)")
+
+
+def save(args: argparse.Namespace) -> Iterator:
+    """A checkpoint and a resume of each configuration."""
+    at_least_one(args, "batch")
+    without_effect(args, "bf16", "compile")
+    from save_cost import save_cost
+
+    from letit_dist.config import PretrainConfig, load_config
+    from letit_dist.evaluation.benchmark import Fact
+
+    shipped = [Path(f"configs/pretrain/{name}.yaml") for name in ("imagenet256_vqvae2", "ffhq1024_alae")]
+    for path in args.configs or shipped:
+        config = load_config(PretrainConfig, path)
+        with tempfile.TemporaryDirectory() as folder:
+            cost = save_cost(config, Path(folder), count=args.batch, repeats=args.repeats)
+        interval = config.intervals.checkpoint
+        yield Fact(
+            path.stem,
+            f"a checkpoint of {cost.bytes / 2**20:.0f} MiB every {interval} images: training stands still for "
+            f"{cost.held:.2f} s of {interval * cost.image:.0f} s, {cost.share(interval):.4%} (target: below 1 %); "
+            f"written behind it in {cost.behind:.1f} s; resumed in {cost.resumed:.1f} s (target: below 10 s)",
+        )
+
+
+# name -> (its options, a generator of its matches and facts)
+BENCHMARKS = {
+    "alae": (alae_options, alae),
+    "data": (data_options, data),
+    "ranks": (ranks_options, ranks),
+    "save": (save_options, save),
+}
+
+
+def without_effect(args: argparse.Namespace, *names: str) -> None:
+    """UserError for options that are given and mean nothing to this benchmark."""
+    if given := [f"--{name}" for name in names if getattr(args, name)]:
+        raise UserError(f"{' and '.join(given)} has no effect on {args.command}: leave it out")
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
@@ -211,7 +280,8 @@ def main(argv: list[str] | None = None) -> int:
         facts=facts,
         settings={name: value for name, value in vars(args).items() if name not in hidden},
     )
-    print(report.table())
+    if results:
+        print(report.table())
     for fact in facts:
         print(fact)
     if args.out:

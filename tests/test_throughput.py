@@ -321,3 +321,35 @@ def test_other_bad_arguments(tmp_path):
 def test_help_names_every_benchmark():
     done = run(THROUGHPUT, "--help")
     assert done.code == 0 and re.search(r"^  alae +a training iteration", done.out, re.MULTILINE)
+
+
+# What several ranks and checkpoints cost
+
+
+def test_the_cost_of_saving_is_measured(fresh_accelerate, tmp_path):
+    fresh_accelerate()
+    done = run(THROUGHPUT, "save", "--configs", "configs/debug/vqvae2.yaml", "--repeats", 2, "--out", tmp_path)
+    assert done.code == 0, done.err
+    line = next(line for line in done.out.splitlines() if line.startswith("vqvae2: "))
+    found = re.search(r"checkpoint of (\d+) MiB every 8000 images: .* for ([\d.]+) s of (\d+) s, ([\d.]+)%", line)
+    size, held, interval, share = map(float, found.groups())
+    assert size >= 3 and interval > 1 and share == pytest.approx(100 * held / interval, abs=0.01 * 100 / interval)
+    assert "target: below 1 %" in next(tmp_path.glob("*-save.md")).read_text()
+    resumed = float(re.search(r"resumed in ([\d.]+) s", line)[1])
+    assert resumed < 60
+
+
+@pytest.mark.full
+def test_ranks_are_compared_with_one(tmp_path):
+    tiny = ("autoencoder.channels=8", "autoencoder.residual_channels=4", "training.batch=8")
+    done = run(THROUGHPUT, "ranks", "--repeats", 1, "--images", 16, *tiny)
+    assert done.code == 0, done.err
+    one, two, share = (float(re.search(r": ([\d.]+)", line)[1]) for line in done.out.splitlines()[-3:])
+    assert share == pytest.approx(two / (2 * one), abs=0.02)
+
+
+def test_one_process_is_no_launch_file_for_ranks():
+    done = run(THROUGHPUT, "ranks", "--launch", "launch/accelerate/one.yaml")
+    assert done.code == 2 and "launch/accelerate/one.yaml: starts 1 process, expected several" in done.err
+    done = run(THROUGHPUT, "save", "--bf16")
+    assert done.code == 2 and "--bf16 has no effect on save: leave it out" in done.err

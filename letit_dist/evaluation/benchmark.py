@@ -278,7 +278,8 @@ class Report:
         lines += [f"- {name}: {_shown(value)}" for name, value in facts.items()]
         legend = _LEGEND if all(result.images is None for result in self.results) else _IMAGES_LEGEND
         found = [*(f"- {fact}" for fact in self.facts), ""] if self.facts else []
-        return "\n".join([*lines, "", self.table(), "", *found, legend])
+        table = [self.table(), ""] if self.results else []
+        return "\n".join([*lines, "", *table, *found, *([legend] if table else [])])
 
     def write(self, folder: Path, name: str) -> Path:
         """FOLDER/DATE-NAME.md, or -2, -3 and so on where it exists: a measurement is never overwritten."""

@@ -1,0 +1,89 @@
+"""`throughput.py save`: what a checkpoint and a resume take of a run of some configuration."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from letit_dist.autoencoders.base import build_autoencoder
+from letit_dist.config import PretrainConfig
+from letit_dist.recipes.base import Batch
+from letit_dist.registry import RECIPES
+from letit_dist.training.setup import create_accelerator, seed_weights
+from letit_dist.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class SaveCost:
+    """Seconds, and bytes of one checkpoint."""
+
+    image: float  # of training, an image
+    held: float  # training stands still while it saves
+    behind: float  # the writing goes on behind it
+    resumed: float  # finding, verifying and loading the newest checkpoint
+    bytes: int
+
+    def share(self, interval: int) -> float:
+        """Of the time between two checkpoints, `interval` images apart, that training stands still."""
+        return self.held / (self.held + interval * self.image)
+
+
+def save_cost(config: PretrainConfig, run: Path, *, count: int, repeats: int) -> SaveCost:
+    """Medians over `repeats`, with all state of the last level, on batches of `count` random images."""
+    levels = config.recipe.levels(config.autoencoder)
+    training = config.training.model_copy(update={"batch": count, "microbatch": None})
+    seed_weights(training.seed)
+
+    def trainer() -> Trainer:
+        recipe = RECIPES.get(config.recipe.kind)(
+            config.recipe, build_autoencoder(config.autoencoder), seed=training.seed, precision=training.precision
+        )
+        accelerator = create_accelerator(several_phases=len(recipe.phases) > 1)
+        made = Trainer(accelerator, recipe, None, run=run, training=training, intervals=config.intervals)
+        made.images_seen, made.level = levels[-1].start, len(levels) - 1
+        return made
+
+    made = trainer()
+    side = levels[-1].resolution or config.autoencoder.resolution
+    images = torch.rand(count, 3, side, side) * 2 - 1
+    steps, held, behind, resumed = [], [], [], []
+    for _ in range(repeats + 1):
+        batch = Batch({"images": images}, torch.arange(count), made.images_seen, count)
+        batch = batch.to(made.accelerator.device, made.dtype, made.memory_format)
+        steps.append(_seconds(lambda batch=batch: _step(made, batch)))
+        held.append(_seconds(lambda: made.save(background=True)))
+        behind.append(_seconds(made.store.wait))
+    newest = max(made.store.folder.glob("images-*"))
+    size = sum(path.stat().st_size for path in newest.iterdir())
+    for _ in range(repeats):
+        with redirect_stdout(io.StringIO()):
+            resumed.append(_seconds(trainer().resume))
+    # The first step starts everything.
+    image, stop, writing = (statistics.median(values[1:]) for values in (steps, held, behind))
+    return SaveCost(image / count, stop, writing, statistics.median(resumed), size)
+
+
+def _step(trainer: Trainer, batch: Batch) -> None:
+    for phase in trainer.recipe.phases:
+        trainer.step(phase, batch)
+    trainer.means.add(trainer.recipe.after_batch(batch))
+    trainer.images_seen += batch.size
+    if trainer.average:
+        trainer.average.update(trainer.recipe, batch.size, trainer.images_seen)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
