@@ -66,9 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     plans = plan_batches(config.training, args.ranks or launched_ranks(), len(levels))
 
     def build() -> Recipe:
+        model = build_autoencoder(config.autoencoder)
+        model.recompute(config.training.recompute_from)
         return recipe_class(
             config.recipe,
-            build_autoencoder(config.autoencoder),
+            model,
             seed=config.training.seed,
             precision=config.training.precision,
         )

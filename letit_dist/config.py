@@ -93,6 +93,11 @@ class TrainingConfig(StrictConfig):
     ema_half_life: float | None = Field(
         None, gt=0, description="half-life of the weight average, in images; null = no average"
     )
+    recompute_from: Count | None = Field(
+        None,
+        description="layers at so many pixels a side or more compute their results again in the backward pass instead "
+        "of keeping them (memory and time only, never the result); null = none",
+    )
     timeout: float = Field(
         600.0, gt=0, description="seconds after which a rank that waits for the others gives up and says where"
     )
@@ -185,6 +190,8 @@ class TrainEnergyConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _conditions(self) -> TrainEnergyConfig:
+        if self.training.recompute_from is not None:
+            raise ValueError("training.recompute_from has no effect on an energy: remove it")
         conditioned = self.energy.condition_on is not None
         if self.data.domains and not conditioned:
             raise ValueError("data.domains needs energy.condition_on (target or pair)")

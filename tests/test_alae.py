@@ -283,7 +283,7 @@ def test_style_is_the_plain_one():
     noise = torch.randn(2, 1, 5, 5).double()
 
     def function(x, w):
-        return functional_call(layer, {"noise": noise_weight, "bias": bias}, (x, w, iter([noise])))
+        return functional_call(layer, {"noise": noise_weight, "bias": bias}, (x, w, noise))
 
     def plain(x, w):
         x = F.instance_norm(F.leaky_relu(x + noise_weight * noise + bias, 0.2), eps=1e-8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from letit_dist.autoencoders.base import Autoencoder, AutoencoderConfig
+from letit_dist.autoencoders.recompute import recomputed
 from letit_dist.autoencoders.style_layers import (
     SLOPE,
     EncoderBlock,
@@ -60,6 +62,8 @@ class ALAEConfig(AutoencoderConfig):
 class Encoder(nn.Module):
     """E: images to w, the sum of linear reads of (mean, std) at every resolution."""
 
+    recompute_level: float = inf  # from this level on
+
     def __init__(self, config: ALAEConfig):
         super().__init__()
         widths = [config.channels(level) for level in range(-1, config.levels)]
@@ -72,20 +76,25 @@ class Encoder(nn.Module):
         # The published code applies LeakyReLU twice here.
         return F.leaky_relu(self.from_rgb[level](images), SLOPE * SLOPE, inplace=True)
 
+    def _block(self, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        return recomputed(self.blocks[level], x, when=level >= self.recompute_level)
+
     def forward(self, images: Tensor, level: int, blend: float = 1.0) -> Tensor:
         """Images (B, 3, 4 * 2^level, ...) to w (B, latent_dim); `blend` < 1 fades the level in."""
-        x, w = self.blocks[level](self._from_rgb(images, level))
+        x, w = self._block(level, self._from_rgb(images, level))
         if blend < 1:
             w = w * blend
             x = torch.lerp(self._from_rgb(halve(images), level - 1), x, blend)
         for below in range(level - 1, -1, -1):
-            x, styles = self.blocks[below](x)
+            x, styles = self._block(below, x)
             w = w + styles
         return w
 
 
 class Generator(nn.Module):
     """G: styles and noise to images, from a learnt constant of 4x4."""
+
+    recompute_level: float = inf  # from this level on
 
     def __init__(self, config: ALAEConfig):
         super().__init__()
@@ -101,7 +110,9 @@ class Generator(nn.Module):
         """Styles (B, >= 2 * (level + 1), latent_dim) to images (B, 3, 4 * 2^level, ...)."""
         x = below = self.const
         for index in range(level + 1):
-            below, x = x, self.blocks[index](x, styles[:, 2 * index : 2 * index + 2], noise)
+            maps = None if noise is None else [next(noise), next(noise)]
+            styled = (x, styles[:, 2 * index : 2 * index + 2], maps)
+            below, x = x, recomputed(self.blocks[index], *styled, when=index >= self.recompute_level)
         images = self.to_rgb[level](x)
         if blend < 1:
             images = torch.lerp(double(self.to_rgb[level - 1](below)), images, blend)
@@ -158,6 +169,11 @@ class ALAE(Autoencoder):
         self.generator = Generator(config)
         self.mapping = Mapping(config.latent_dim, config.mapping_layers)
         self.register_buffer("w_mean", torch.zeros(config.style_inputs, config.latent_dim))
+
+    def recompute(self, side: int | None) -> None:
+        """See `Autoencoder.recompute`: the blocks of the encoder and the generator at `side` pixels and above."""
+        level = inf if side is None else max(0, (side - 1).bit_length() - 2)
+        self.encoder.recompute_level = self.generator.recompute_level = level
 
     @property
     def top(self) -> int:

@@ -87,6 +87,12 @@ class Autoencoder(nn.Module):
         """The latents (B, *latent_shape) that `encode` gives for the images of these codes."""
         raise NotImplementedError(f"{type(self).__name__} has no codes")
 
+    def recompute(self, side: int | None) -> None:
+        """Training alone: let layers that work at `side` pixels or more forget their results, and compute them again
+        in the backward pass. Less memory, more time, the same gradients. Raises UserError where a kind cannot."""
+        if side is not None:
+            raise UserError(f"training.recompute_from: {self.config.kind} keeps all its results; leave it out (null)")
+
     def check_images(self, images: Tensor) -> None:
         """Raise UserError unless `images` is (B, 3, resolution, resolution)."""
         side = self.config.resolution

@@ -6,7 +6,7 @@ Formulas are those of ALAE's implementation (2004.04467), which follow StyleGAN'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -172,15 +172,15 @@ class Styled(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.style = EqualizedLinear(latent_dim, 2 * channels, gain=1.0)
 
-    def forward(self, x: Tensor, w: Tensor, noise: Iterator[Tensor] | None) -> Tensor:
-        """x (B or 1, C, H, W) and w (B, latent_dim) to (B, C, H, W)."""
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
+        """x (B or 1, C, H, W), w (B, latent_dim) and noise (B or 1, 1, H, W) to (B, C, H, W)."""
         if noise is None:
             # The published stand-in for noise, by which its pictures without noise were made: not zero noise.
             s = math.sqrt(self.level + 1)
             x = x + torch.exp(x * x * (-0.5 / s**2)) * (0.8 * s / math.sqrt(2 * math.pi))
         else:
             # In one pass. Their product alone would be a row-major map, and the sum with it slow.
-            x = torch.addcmul(x, self.noise.to(x.dtype), next(noise).to(x.dtype))
+            x = torch.addcmul(x, self.noise.to(x.dtype), noise.to(x.dtype))
         x = F.leaky_relu(x.add_(self.bias.to(x.dtype)), SLOPE, inplace=True)
         scale, shift = self.style(w)[:, :, None, None].chunk(2, 1)
         mean, variance = moments(x)
@@ -200,12 +200,14 @@ class GeneratorBlock(nn.Module):
         self.conv2 = EqualizedConv(outputs, outputs, 3)
         self.styled2 = Styled(outputs, latent_dim, level)
 
-    def forward(self, x: Tensor, styles: Tensor, noise: Iterator[Tensor] | None) -> Tensor:
-        """(B, inputs, h, h) and styles (B, 2, latent_dim) to (B, outputs, 2h, 2h); level 0 keeps its size."""
+    def forward(self, x: Tensor, styles: Tensor, noise: Sequence[Tensor] | None) -> Tensor:
+        """(B, inputs, h, h), styles (B, 2, latent_dim) and two maps of noise to (B, outputs, 2h, 2h); level 0 keeps
+        its size."""
+        first, second = (None, None) if noise is None else noise
         if self.conv1 is not None:
             x = blur(self.conv1(x))
-        x = self.styled1(x, styles[:, 0], noise)
-        return self.styled2(self.conv2(x), styles[:, 1], noise)
+        x = self.styled1(x, styles[:, 0], first)
+        return self.styled2(self.conv2(x), styles[:, 1], second)
 
 
 class EncoderBlock(nn.Module):

@@ -12,6 +12,7 @@ from torch import LongTensor, Tensor, nn
 from letit_dist.autoencoders.base import Autoencoder, AutoencoderConfig
 from letit_dist.autoencoders.layers import StridedDecoder, StridedEncoder
 from letit_dist.autoencoders.quantize import BatchPlace, CodebookStats, Quantizer
+from letit_dist.autoencoders.recompute import recomputed
 from letit_dist.errors import UserError
 from letit_dist.registry import AUTOENCODERS
 
@@ -76,6 +77,7 @@ class VQVAE2(Autoencoder):
     )
     stores_codes: ClassVar[bool] = True
     config: VQVAE2Config
+    _recompute = False
 
     def __init__(self, config: VQVAE2Config):
         super().__init__(config)
@@ -96,6 +98,10 @@ class VQVAE2(Autoencoder):
         self.bottom_quantizer = Quantizer(config.codes, depth, name="bottom", **book)
         self.top_upsample = nn.ConvTranspose2d(depth, depth, 4, stride=2, padding=1)
         self.decoder = StridedDecoder(2 * depth, 3, *block, stride=4, relu_skip=skip, noise=config.noise)
+
+    def recompute(self, side: int | None) -> None:
+        """See `Autoencoder.recompute`: the bottom encoder and the decoder, whole, at `side` pixels and above."""
+        self._recompute = side is not None and self.config.resolution >= side
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to quantised latents (B, 2 * code_dim, H/4, W/4); no gradient to the images."""
@@ -184,13 +190,19 @@ class VQVAE2(Autoencoder):
         `generator` as in `decode`.
         """
         self.check_images(images)
-        bottom = self.bottom_encoder(images)
+        bottom = recomputed(self.bottom_encoder, images, when=self._recompute)
         top = self.top_projection(self.top_encoder(bottom))
         top, commitment_top, _ = self.top_quantizer(top, collect=self.training, place=place)
         bottom = self.bottom_projection(torch.cat([self.top_decoder(top), bottom], 1))
         bottom, commitment_bottom, _ = self.bottom_quantizer(bottom, collect=self.training, place=place)
         latents = torch.cat([self.top_upsample(top), bottom], 1)
-        reconstruction = self.decoder(latents, self._noise_for(latents, noise, generator))
+        maps = self._noise_for(latents, noise, generator)
+        maps = None if maps is None else list(maps)
+
+        def decode(latents: Tensor) -> Tensor:
+            return self.decoder(latents, None if maps is None else iter(maps))
+
+        reconstruction = recomputed(decode, latents, when=self._recompute)
         return TrainingOutput(reconstruction, commitment_top, commitment_bottom)
 
     def update_codebooks(self) -> dict[str, CodebookStats]:

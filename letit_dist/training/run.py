@@ -23,7 +23,10 @@ from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
 
 # What may change between two starts of a run, because by construction it changes no result.
-_FREE = ("data.workers", "data.cache", "data.cache_gib", "training.microbatch", "training.timeout", "intervals")
+_FREE = (
+    *("data.workers", "data.cache", "data.cache_gib", "intervals"),
+    *("training.microbatch", "training.recompute_from", "training.timeout"),
+)
 
 
 def _without_free(tree: dict) -> dict:
