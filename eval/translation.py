@@ -63,8 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def instruments(args: argparse.Namespace, sides: list, examples, folder: Path, device: str) -> dict:
-    """What measures beside the first judge, as far as it was asked for and its weights are there."""
+def instruments(args: argparse.Namespace, sides: list, examples, folder: Path, device: str) -> tuple[dict, list]:
+    """What measures beside the first judge, as far as it was asked for and its weights are there; and notices."""
     from letit_dist.evaluation.extractors import open_extractor
     from letit_dist.evaluation.kept import load_or_train_keeper
     from letit_dist.evaluation.reconstruction import find_backbones
@@ -78,13 +78,11 @@ def instruments(args: argparse.Namespace, sides: list, examples, folder: Path, d
     paths, missing = find_backbones(weights, args.lpips)
     if args.random_weights:
         missing = [*missing, "--random-weights: FID and KID are valid for nothing"]
-    for line in missing:
-        print(f"notice: {line}", file=sys.stderr)
     found["perceptual"] = {net: PerceptualLoss(path, net=net).to(device).network for net, path in paths.items()}
     if args.keep:
         given = {"table": args.table, "steps": args.judge_steps, "seed": args.seed}
         found["keeper"] = load_or_train_keeper(args.keep, sides, examples, folder, **given).to(device)
-    return found
+    return found, missing
 
 
 @reports_errors
@@ -115,8 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     check_sizes(translator, train=source, test=test, pairs=pairs, real=real)
     examples = read_examples(source, target)
     folder = args.judge or out / "judge"
-    options = instruments(args, [source, target], examples, folder.with_name(f"{folder.name}-kept"), device)
+    options, notices = instruments(args, [source, target], examples, folder.with_name(f"{folder.name}-kept"), device)
     judge = load_or_train_judge(examples, folder, steps=args.judge_steps, seed=args.seed).to(device)
+    for line in notices:
+        print(f"notice: {line}", file=sys.stderr)
     names = dict(zip(BASELINES, NAMES, strict=True))
     options |= {"batch": args.batch, "seed": args.seed, "baselines": [names[name] for name in args.baselines]}
     options["real"] = read_pixels(real) if real else None

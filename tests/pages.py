@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,17 @@ def _call(page: Path, profile: Path, *options: str) -> str:
 def dump(page: Path, profile: Path) -> str:
     """The document after its scripts have run; what it stores stays in `profile`."""
     return _call(page, profile, "--dump-dom")
+
+
+def download(page: Path, profile: Path, folder: Path) -> list[Path]:
+    """The files that the page's scripts hand out, in `folder`; `profile` is a new one."""
+    (profile / "Default").mkdir(parents=True)
+    folder.mkdir()
+    place = {"default_directory": str(folder)}
+    settings = {"download": {**place, "prompt_for_download": False}, "savefile": place}
+    (profile / "Default/Preferences").write_text(json.dumps(settings))
+    dump(page, profile)
+    return sorted(folder.iterdir())
 
 
 def screenshot(page: Path, profile: Path, width: int, height: int) -> Image.Image:

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from pages import dump, screenshot, with_script
+from pages import download, dump, screenshot, with_script
 from PIL import Image
 from programs import run
 
@@ -198,6 +198,18 @@ def test_a_real_browser_takes_votes_keeps_them_and_hands_them_out(folders, tmp_p
     # Another study in the same browser begins anew.
     path.write_text(made(folders, seed=1)[0])
     assert rate(path, 'note("other"); finish();', tmp_path / "profile")["log"][0][5] is False
+
+
+def test_votes_become_a_file(folders, tmp_path):
+    """The real download, through the page's own policy."""
+    page, key = made(folders)
+    (tmp_path / "study.html").write_text(page)
+    vote = 'at("rater").value = "Ann"; at("start").requestSubmit(); choose(1); choose(2); at("save").click();'
+    given = with_script(tmp_path / "study.html", vote)
+    [path] = download(given, tmp_path / "profile", tmp_path / "downloads")
+    assert path.name == f"votes-{key['study']}-Ann.csv"
+    votes = read_votes([path], key)
+    assert [vote.method for vote in votes] == [key["trials"][i]["methods"][i + 1] for i in range(2)]
 
 
 def test_what_a_rater_sees(folders, tmp_path):

@@ -10,13 +10,13 @@ _WIDTH, _HEIGHT = 380, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 30, 38
 _COLOUR = "#0072B2"
 _MOST = 800  # points of a line; more cannot be told apart
-_LOGARITHMIC = 50  # from this ratio of the largest to the smallest value on
+_LOGARITHMIC = 10  # from this ratio of the largest to the smallest value on
 
 
 def chart(title: str, xs: Sequence[float], ys: Sequence[float], x_label: str = "images seen") -> str:
     """One line through (xs, ys), in order of xs; gaps where a value is not finite, which the title then says.
 
-    The scale is logarithmic where all values are positive and span a factor of 50.
+    The scale is logarithmic where all values are positive and span a factor of 10.
     """
     finite = [y for y in ys if math.isfinite(y)]
     lost = len(ys) - len(finite)
