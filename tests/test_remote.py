@@ -255,19 +255,19 @@ def test_a_new_index_is_another_data_set(memory, shards, cache, tmp_path):
 
 def test_what_is_not_there_or_not_known(memory, cache, tmp_path, quick):
     filesystem, url = memory
-    with pytest.raises(UserError, match="memory://nowhere/index.json: the server has no such file"):
+    with pytest.raises(UserError, match=r"memory://nowhere/index.json: the server has no such file"):
         ShardDataset(["memory://nowhere"], cache=cache)
-    with pytest.raises(UserError, match="nonsense://x/index.json: cannot be opened: .*nonsense.*letit_dist"):
+    with pytest.raises(UserError, match=r"nonsense://x/index.json: cannot be opened: .*nonsense.*letit_dist"):
         ShardDataset(["nonsense://x"], cache=cache)
     filesystem.pipe(f"/bad/{INDEX_NAME}", b"[1, 2")
-    with pytest.raises(UserError, match="memory://bad/index.json: not readable"):
+    with pytest.raises(UserError, match=r"memory://bad/index.json: not readable"):
         ShardDataset(["memory://bad"], cache=cache)
     dataset = ShardDataset([url], cache=cache)
     filesystem.rm("/set/shard-00002.tar")
     with pytest.raises(UserError, match=r"set/shard-00002.tar: the server has no such file"):
         dataset.read(39)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: the cache of remote shards cannot be used: .*data.cache"):
+    with pytest.raises(UserError, match=r"file: the cache of remote shards cannot be used: .*data.cache"):
         ShardDataset([url], cache=BlockCache(tmp_path / "file"))
 
 

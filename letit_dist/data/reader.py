@@ -89,6 +89,19 @@ class ShardDataset:
         index, local = self._locate(sample)
         return index.key(local)
 
+    @property
+    def domain(self) -> str:
+        """What these are of: as the packer was told, or the folder's name."""
+        return self.indexes[0].meta.get("domain") or self.indexes[0].folder.name
+
+    @property
+    def split(self) -> str | None:
+        return self.indexes[0].meta.get("split")
+
+    def stamp(self) -> list[str]:
+        """What identifies the files: the same names packed anew are others."""
+        return [shard.sha256 for index in self.indexes for shard in index.shards]
+
     def place(self, sample: int) -> str:
         """`folder/shard.tar: key`, for messages."""
         index, local = self._locate(sample)
@@ -389,6 +402,11 @@ def batches(
     if not len(samples):
         return iter(())
     cuts = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
+    return chunks(dataset, cuts, workers)
+
+
+def chunks(dataset: ShardDataset, cuts: Sequence[np.ndarray], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples of each cut, as `batches`."""
     return unwrap(iter(loader(_InOrder(dataset), cuts, workers)))
 
 
