@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from letit_dist.data.index import Index
+from letit_dist.data.index import JOURNAL_NAME, Index
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.writer import ShardWriter, clean_key
 from letit_dist.errors import UserError
