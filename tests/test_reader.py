@@ -10,8 +10,9 @@ from PIL import Image
 
 from letit_dist import rng
 from letit_dist.data import transforms
+from letit_dist.data.batch import BadSamples, stack
 from letit_dist.data.order import sample_at
-from letit_dist.data.reader import BadSamples, ImageStream, ShardDataset, batches, open_stream, stack
+from letit_dist.data.reader import ImageStream, ShardDataset, batches, open_stream
 from letit_dist.data.transforms import encode
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError

@@ -125,6 +125,8 @@ def test_a_feed_takes_a_url_and_its_cache_from_the_configuration(memory, shards,
     far, near = (next(ImageFeed(c, seed=1).batches(0, 8, 0, 1)) for c in (config, local))
     assert torch.equal(far.data["images"], near.data["images"])
     assert list((tmp_path / "blocks").glob("*/000000"))
+    with pytest.raises(UserError, match=r"data.cache has no effect"):
+        ImageFeed(ImagesConfig(train=(str(shards),), cache=str(tmp_path)), seed=1)
     with pytest.raises(ValueError, match="cache_gib"):
         ImagesConfig(train=(url,), cache_gib=0.01)
     with pytest.raises(UserError, match=r"cache of 1000 bytes is too small"):

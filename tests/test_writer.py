@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from letit_dist.data.index import Index
+from letit_dist.data.index import JOURNAL_NAME, Index
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.writer import ShardWriter, clean_key
 from letit_dist.errors import UserError
@@ -178,3 +179,14 @@ def test_arrays_survive(tmp_path):
     with ShardWriter(tmp_path, kind="codes") as writer:
         writer.write("k", {"top.npy": codes.tobytes()})
     assert ShardDataset([tmp_path]).read(0)["top.npy"] == codes.tobytes()
+
+
+def test_an_attempt_without_a_whole_shard_binds_nobody(tmp_path):
+    """Its settings protect shards; where there is none, other settings simply begin."""
+    with contextlib.suppress(KeyError), ShardWriter(tmp_path, meta={"side": 32}) as writer:
+        writer.write("a", {"txt": b"a"})
+        raise KeyError
+    assert (tmp_path / JOURNAL_NAME).exists() and not list(tmp_path.glob("*.tar"))
+    with ShardWriter(tmp_path, meta={"side": 64}) as writer:
+        writer.write("b", {"txt": b"b"})
+    assert Index.read(tmp_path).meta == {"side": 64} and not (tmp_path / JOURNAL_NAME).exists()

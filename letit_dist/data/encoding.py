@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from letit_dist import rng
 from letit_dist.config import differences
+from letit_dist.data.folders import FolderDataset
 from letit_dist.data.index import INDEX_NAME, Index
 from letit_dist.data.latents import LatentWriter
 from letit_dist.data.progress import Progress
-from letit_dist.data.reader import ShardDataset, batches
+from letit_dist.data.reader import ShardDataset, chunks
 from letit_dist.data.transforms import to_images
 from letit_dist.errors import UserError
 from letit_dist.memory import MemoryPlan, Precision, lowered, plan_memory
 from letit_dist.pretrained import tensors_fingerprint
+
+Encoded = dict[str, dict[str, Tensor]]  # view -> field -> rows
 
 _READ_AHEAD = 4  # batches that the loader keeps ready for each worker
 
@@ -96,10 +101,37 @@ def _codebook_size(autoencoder: Encoder) -> int | None:
     return autoencoder.config.codes if autoencoder.stores_codes else None
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that encode together. `gather(mine)` gives what all gave, in order of their ranks."""
+
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[Any], list] = lambda mine: [mine]
+
+    def share(self, work: Callable[[], Any]) -> list:
+        """What `work()` gave on every rank; a UserError of one is everybody's, so that nobody waits for it."""
+        problem, mine = None, None
+        try:
+            mine = work()
+        except UserError as error:
+            problem = str(error)
+        try:
+            outcomes = self.gather((problem, mine))
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"lost the other ranks ({said}): the same command continues after the last whole shard"
+            ) from None
+        if problems := [found for found, _ in outcomes if found is not None]:
+            raise UserError("\n".join(dict.fromkeys(problems)))
+        return [found for _, found in outcomes]
+
+
 @torch.no_grad()
 def encode_domain(
     autoencoder: Encoder,
-    dataset: ShardDataset,
+    dataset: ShardDataset | FolderDataset,
     out: Path,
     options: EncodeOptions,
     *,
@@ -107,25 +139,27 @@ def encode_domain(
     device: torch.device | str = "cpu",
     budget: int | None = None,
     say: Callable[[str], object] = print,
+    ranks: Ranks | None = None,
 ) -> str:
     """Write the latents (or codes) of every image and view to `out`; returns one line that says what was done.
 
     Within `budget` bytes, if given, no more images go through at once than `plan_encoding` says; `say` gets the
     plan before the work. Finished folders are recognised, interrupted ones continued, with any number at once.
-    Raises UserError if `out` holds something else, if the images are of another size than the autoencoder's, and
-    for an image that cannot be read.
+    The images go through the ranks in turns, and rank 0 writes: any number of ranks gives the same bytes.
+    Raises UserError, on every rank, if `out` holds something else, if the images are of another size than the
+    autoencoder's, and for an image that cannot be read.
     """
+    ranks = ranks or Ranks()
     side = autoencoder.config.resolution
     dataset = dataset.require_side(side)
-    origin = dataset.indexes[0].meta
     meta = {
-        "domain": domain or origin.get("domain") or dataset.indexes[0].folder.name,
-        "split": origin.get("split"),
+        "domain": domain or dataset.domain,
+        "split": dataset.split,
         "resolution": side,
         "views": options.views,
         "crop_seed": options.seed if options.crops else None,
         "images": len(dataset),
-        "image_shards": _shards_stamp(dataset),
+        "image_shards": tensors_fingerprint({"shards": dataset.stamp()}, {}),
         # Absent where it is float32: so were they written before there was a choice.
         **({} if options.precision == "fp32" else {"precision": options.precision}),
     }
@@ -133,39 +167,67 @@ def encode_domain(
     kind = "codes" if autoencoder.stores_codes else "latents"
     if kind == "codes" and options.dtype != "float32":
         raise UserError(f"--dtype {options.dtype} has no effect here: codes are whole numbers, and exact; leave it out")
-    if (out / INDEX_NAME).exists():
+
+    def already() -> str | None:
+        if ranks.rank > 0 or not (out / INDEX_NAME).exists():
+            return None
         dtype = {} if kind == "codes" else {"dtype": options.dtype}
         wanted = {"kind": kind, "autoencoder_fingerprint": fingerprint, "precision": None, **dtype, **meta}
         return _already(Index.read(out), wanted)
+
+    if done := ranks.share(already)[0]:
+        return done
     chunk = options.batch
     if budget is not None:
-        planned = plan_encoding(autoencoder, len(dataset), options, budget, device)
-        chunk = planned.images
-        say(str(planned))
-    writer = LatentWriter(
-        out,
-        kind=kind,
-        autoencoder_fingerprint=fingerprint,
-        meta=meta,
-        dtype=options.dtype,
-        codebook_size=_codebook_size(autoencoder),
-        shard_bytes=options.shard_bytes,
-    )
-    views = options.views
-    with writer, Progress(f"encoding {meta['domain']}", len(dataset), done=writer.resume_at // len(views)) as progress:
-        begun = writer.resume_at
-        for pixels, samples in batches(dataset, chunk, workers=options.workers):
-            last = (int(samples[-1]) + 1) * len(views)
-            if last <= begun:
-                continue
-            encoded = _encode_views(autoencoder, pixels, samples, options, device)
-            for row, sample in enumerate(samples.tolist()):
-                for v, name in enumerate(views):
-                    if sample * len(views) + v >= begun:
-                        fields = {field: values[row] for field, values in encoded[name].items()}
-                        writer.write(dataset.key(sample), fields, json_data=dataset.json(sample), view=name)
-            progress.step(last // len(views) - progress.done)
-    each = "1 view" if len(views) == 1 else f"{len(views)} views"
+        # The smallest of all ranks': how many go through at once decides the last bits of a latent.
+        plans = ranks.share(lambda: plan_encoding(autoencoder, len(dataset), options, budget, device))
+        smallest = min(plans, key=lambda plan: plan.images)
+        chunk = smallest.images
+        if ranks.rank == 0:
+            say(str(smallest))
+
+    with contextlib.ExitStack() as stack:
+        writer: LatentWriter | None = None
+
+        def begin() -> int:
+            nonlocal writer
+            if ranks.rank > 0:
+                return 0
+            writer = LatentWriter(
+                out,
+                kind=kind,
+                autoencoder_fingerprint=fingerprint,
+                meta=meta,
+                dtype=options.dtype,
+                codebook_size=_codebook_size(autoencoder),
+                shard_bytes=options.shard_bytes,
+            )
+            return stack.enter_context(writer).resume_at
+
+        begun = ranks.share(begin)[0]
+        progress = Progress(f"encoding {meta['domain']}", len(dataset), done=begun // len(options.views))
+        if writer:
+            stack.enter_context(progress)
+        firsts = range(0, len(dataset), chunk)
+        cuts = [np.arange(first, min(first + chunk, len(dataset))) for first in firsts]
+        # The same cuts as of a run that was never interrupted: what goes through together decides the last bits.
+        cuts = [cut for cut in cuts if (cut[-1] + 1) * len(options.views) > begun]
+        read = chunks(dataset, cuts[ranks.rank :: ranks.world], options.workers)
+        encoded: list = []
+
+        def turn() -> tuple[Tensor, Encoded] | None:
+            for done in encoded if writer else ():
+                _write(writer, dataset, options, done, begun)
+                progress.step((int(done[0][-1]) + 1) - progress.done)
+            pixels, samples = next(read, (None, None))
+            if pixels is None:
+                return None
+            return samples, _encode_views(autoencoder, pixels, samples, options, device)
+
+        # One more: what the last turn has encoded is written in the one after it.
+        for _ in range(-(-len(cuts) // ranks.world) + 1):
+            encoded = [found for found in ranks.share(turn) if found is not None]
+    each = "1 view" if len(options.views) == 1 else f"{len(options.views)} views"
     return f"{out}: {len(dataset)} images of {meta['domain']} x {each} as {kind}, autoencoder {fingerprint}"
 
 
@@ -192,7 +254,7 @@ def plan_encoding(
 @torch.no_grad()
 def _encode_views(
     autoencoder: Encoder, pixels: Tensor, samples: Tensor, options: EncodeOptions, device: torch.device | str
-) -> dict[str, dict[str, Tensor]]:
+) -> Encoded:
     """View -> field -> rows on the CPU, of pixels uint8 (B, 3, H, W)."""
     with lowered(options.precision, device):
         return {
@@ -209,10 +271,20 @@ def _encode(autoencoder: Encoder, pixels: Tensor) -> dict[str, Tensor]:
     return {"latent": (latents.float() if latents.dtype == torch.bfloat16 else latents).cpu()}
 
 
-def _shards_stamp(dataset: ShardDataset) -> str:
-    """16 hex digits that identify the image files: the same names packed anew are other images."""
-    hashes = [shard.sha256 for index in dataset.indexes for shard in index.shards]
-    return tensors_fingerprint({"shards": hashes}, {})
+def _write(
+    writer: LatentWriter,
+    dataset: ShardDataset | FolderDataset,
+    options: EncodeOptions,
+    done: tuple[Tensor, Encoded],
+    begun: int,
+) -> None:
+    """Append what was encoded of some samples, from position `begun` on."""
+    samples, encoded = done
+    for row, sample in enumerate(samples.tolist()):
+        for v, name in enumerate(options.views):
+            if sample * len(options.views) + v >= begun:
+                fields = {field: values[row] for field, values in encoded[name].items()}
+                writer.write(dataset.key(sample), fields, json_data=dataset.json(sample), view=name)
 
 
 def _already(index: Index, wanted: dict) -> str:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from letit_dist.data import transforms
+from letit_dist.data.batch import BadSamples, ImageBatch, augment, stack
 from letit_dist.data.index import INDEX_NAME, JOURNAL_NAME
 from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import permutation, rank_positions
-from letit_dist.data.reader import BadSamples, ImageBatch, augment, stack
 from letit_dist.data.remote import is_url
 from letit_dist.data.sizes import choose, images_of
 from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage

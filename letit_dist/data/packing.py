@@ -159,7 +159,7 @@ class _Prepare:
         if options.resolution is not None:
             if min(pixels.shape[1:]) < options.resolution:
                 if not options.enlarge:
-                    return Failure(_too_small(self.source.name(number), tuple(pixels.shape[1:]), options.resolution))
+                    return Failure(too_small(self.source.name(number), tuple(pixels.shape[1:]), options.resolution))
                 notes.append(f"smaller than {options.resolution}, enlarged")
             pixels = resize_crop(pixels, options.resolution, options.filter)
         metadata = {**item.metadata, **({"notes": notes} if notes else {})}
@@ -287,11 +287,12 @@ def leaks(parts: Sequence[Part], results: Sequence[PackResult]) -> list[str]:
     return lines
 
 
-def _too_small(name: str, size: tuple[int, int], resolution: int) -> str:
-    return (
-        f"{name} is {size[1]}x{size[0]}, smaller than --resolution {resolution}: choose a smaller one, or give "
-        "--enlarge (Lanczos); finished shards are kept"
-    )
+def too_small(name: str, size: tuple[int, int], resolution: int, whose: str = "--resolution") -> str:
+    """The message for an image of `size` (H, W)."""
+    found = f"{name} is {size[1]}x{size[0]}, smaller than {whose} {resolution}"
+    if whose != "--resolution":
+        return f"{found}: leave it out, or pack the images with shards/pack.py --resolution {resolution} --enlarge"
+    return f"{found}: choose a smaller one, or give --enlarge (Lanczos); finished shards are kept"
 
 
 def _already(folder: Path, settings: dict[str, Any]) -> PackResult:

@@ -8,7 +8,6 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from letit_dist import rng
 from letit_dist.data import transforms
+from letit_dist.data.batch import BadSamples, ImageBatch, augment, stack
 from letit_dist.data.index import Files, Index
 from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import rank_positions, sample_at
@@ -88,6 +88,19 @@ class ShardDataset:
     def key(self, sample: int) -> str:
         index, local = self._locate(sample)
         return index.key(local)
+
+    @property
+    def domain(self) -> str:
+        """What these are of: as the packer was told, or the folder's name."""
+        return self.indexes[0].meta.get("domain") or self.indexes[0].folder.name
+
+    @property
+    def split(self) -> str | None:
+        return self.indexes[0].meta.get("split")
+
+    def stamp(self) -> list[str]:
+        """What identifies the files: the same names packed anew are others."""
+        return [shard.sha256 for index in self.indexes for shard in index.shards]
 
     def place(self, sample: int) -> str:
         """`folder/shard.tar: key`, for messages."""
@@ -221,58 +234,6 @@ class ShardDataset:
         return (self._asked, self._asked) if self._asked else self.stored_size()
 
 
-@dataclass
-class ImageBatch:
-    """One rank's share of a global batch."""
-
-    pixels: Tensor  # uint8 (B, 3, H, W)
-    positions: Tensor  # int64 (B,): global stream positions, the index of all randomness of these samples
-    bad: list[tuple[str, str]]  # (key, reason) of samples that were replaced
-
-    def pin_memory(self) -> ImageBatch:
-        return ImageBatch(self.pixels.pin_memory(), self.positions, self.bad)
-
-
-class BadSamples:
-    """Counts replaced samples against a stated share."""
-
-    def __init__(self, max_fraction: float):
-        self.max_fraction = max_fraction
-        self.count = self.seen = 0
-        self.first: list[str] = []
-
-    def add(self, count: int, seen: int, names: Sequence[tuple[str, str]] = ()) -> None:
-        """`count` more bad ones among `seen` more samples (over all ranks); raises UserError past the share.
-
-        The share is taken of 1000 samples at least: one bad image in the first batch proves nothing.
-        """
-        self.count += count
-        self.seen += seen
-        self.first += [f"{key} ({reason})" for key, reason in names][: 5 - len(self.first)]
-        if self.count > self.max_fraction * max(self.seen, 1000):
-            raise UserError(
-                f"{self.count} of {self.seen} samples could not be read, more than data.max_bad_fraction = "
-                f"{self.max_fraction:g} allows; the first: {', '.join(self.first) or 'on another rank'}"
-            )
-
-
-def augment(pixels: Tensor, positions: Tensor, seed: int, flip: bool, grayscale: float) -> Tensor:
-    """Flip half of the samples and turn a share grey, in place, by (seed, purpose, position)."""
-    if flip:
-        transforms.flip_(pixels, rng.uniform(seed, "flip", positions) < 0.5)
-    if grayscale:
-        transforms.grayscale_(pixels, rng.uniform(seed, "grayscale", positions) < grayscale)
-    return pixels
-
-
-def stack(pixels: Sequence[Tensor]) -> Tensor:
-    """(3, H, W) each -> (B, 3, H, W), in memory as they are: reordering colours costs more than copying them."""
-    interleaved = [p.permute(1, 2, 0) for p in pixels]
-    if all(p.is_contiguous() for p in interleaved):
-        return torch.stack(interleaved).permute(0, 3, 1, 2)
-    return torch.stack(list(pixels))
-
-
 class _Batches:
     """For the loader: stream positions -> ImageBatch."""
 
@@ -389,6 +350,11 @@ def batches(
     if not len(samples):
         return iter(())
     cuts = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
+    return chunks(dataset, cuts, workers)
+
+
+def chunks(dataset: ShardDataset, cuts: Sequence[np.ndarray], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples of each cut, as `batches`."""
     return unwrap(iter(loader(_InOrder(dataset), cuts, workers)))
 
 

@@ -118,10 +118,16 @@ class FileSource(Source):
         return self.paths[number]
 
     def item(self, number: int) -> Item:
-        path = self.paths[number]
-        content = (self.folder / path).read_bytes()
-        stem = path.lstrip("/").rpartition(".")[0]
-        return Item(stem.replace("../", ""), content, {"file": path, **(self.known[number] or {})})
+        content = (self.folder / self.paths[number]).read_bytes()
+        return Item(self.key(number), content, self.metadata(number))
+
+    def key(self, number: int) -> str:
+        """The item's key, before it is cleaned."""
+        return self.paths[number].lstrip("/").rpartition(".")[0].replace("../", "")
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        """What is known of a file beside its bytes."""
+        return {"file": self.paths[number], **(self.known[number] or {})}
 
     def settings(self) -> dict[str, Any]:
         # Names and sizes tell a changed folder without reading it.

@@ -30,6 +30,17 @@ def clean_key(name: str) -> str:
     return key or "sample"
 
 
+def distinct_key(name: str, used: set[str]) -> str:
+    """The cleaned key, used from now on; a second `a.b` beside `a_b` becomes `a_b-2`: the order alone decides."""
+    key = cleaned = clean_key(name)
+    number = 1
+    while key in used:
+        number += 1
+        key = f"{cleaned}-{number}"
+    used.add(key)
+    return key
+
+
 class _HashingFile:
     """Just enough of a file for a tar stream."""
 
@@ -121,6 +132,8 @@ class ShardWriter:
             except ValueError:
                 break
             whole += len(line) + 1
+        if len(records) == 1:
+            whole, records = 0, []  # begun, and no shard was finished: nothing that other settings would spoil
         self._journal.truncate(whole)
         if not records:
             self._note({"settings": self._settings})
@@ -160,14 +173,8 @@ class ShardWriter:
             self.abandon()
 
     def _unique(self, name: str) -> str:
-        """The cleaned key; a second `a.b` beside `a_b` becomes `a_b-2`, which depends on the order alone."""
-        key = cleaned = clean_key(name)
-        number = 1
-        while key in self._used:
-            number += 1
-            key = f"{cleaned}-{number}"
-        self.renamed += number > 1
-        self._used.add(key)
+        key = distinct_key(name, self._used)
+        self.renamed += key != clean_key(name)
         return key
 
     def _mark(self, marks: list[str]) -> None:

@@ -38,6 +38,8 @@ class ImageFeed:
         cache = None
         if any(map(is_url, config.train)):
             cache = BlockCache(config.cache, int(config.cache_gib * GIB))
+        elif config.cache is not None:
+            raise UserError("data.cache has no effect where nothing in data.train is on a server: leave it out")
         self._reading = {"scaled_decode": config.scaled_decode, "cache": cache}
         self.foreign = any(is_foreign(path) for path in config.train)
         self.dataset = None if self.foreign else ShardDataset(config.train, **self._reading)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from letit_dist import rng
 from letit_dist.config import TrainingConfig
@@ -76,6 +76,14 @@ def create_accelerator(*, several_phases: bool, timeout: float = 600.0) -> Accel
     if wants_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError(f"the launch file asks for DeepSpeed, but accelerate started {accelerator.distributed_type}")
     return accelerator
+
+
+def join_ranks(timeout: float = 600.0) -> tuple[int, int, torch.device, Callable[[object], list]]:
+    """(rank, world, device, gather) of this launch, for work that needs no training; `gather(mine)` gives what every
+    rank gave, in their order, to all."""
+    accelerator = create_accelerator(several_phases=False, timeout=timeout)
+    place = accelerator.process_index, accelerator.num_processes, accelerator.device
+    return *place, lambda mine: gather_object([mine])
 
 
 def seed_weights(seed: int) -> None:
