@@ -92,7 +92,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     seed_weights(config.training.seed)
     recipe = build()
-    accelerator = create_accelerator(several_phases=len(recipe.phases) > 1, timeout=config.training.timeout)
+    accelerator = create_accelerator(
+        several_phases=len(recipe.phases) > 1,
+        timeout=config.training.timeout,
+        trackers=config.training.trackers,
+        run=args.run,
+    )
     main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(
         accelerator,

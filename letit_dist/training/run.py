@@ -23,7 +23,7 @@ from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
 
 # What may change between two starts of a run, because by construction it changes no result.
-_FREE = ("data.workers", "training.microbatch", "training.timeout", "intervals")
+_FREE = ("data.workers", "training.microbatch", "training.timeout", "training.trackers", "intervals")
 
 
 def _without_free(tree: dict) -> dict:
