@@ -94,7 +94,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     seed_weights(config.training.seed)
     recipe = build()
-    accelerator = create_accelerator(several_phases=len(recipe.phases) > 1, timeout=config.training.timeout)
+    accelerator = create_accelerator(
+        several_phases=len(recipe.phases) > 1,
+        timeout=config.training.timeout,
+        trackers=config.training.trackers,
+        run=args.run,
+    )
     feed.device = accelerator.device
     main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(

@@ -87,7 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         seed=config.training.seed,
         precision=config.training.precision,
     )
-    accelerator = create_accelerator(several_phases=len(recipe.phases) > 1, timeout=config.training.timeout)
+    accelerator = create_accelerator(
+        several_phases=len(recipe.phases) > 1,
+        timeout=config.training.timeout,
+        trackers=config.training.trackers,
+        run=args.run,
+    )
     main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(
         accelerator,

@@ -101,6 +101,9 @@ class TrainingConfig(StrictConfig):
     timeout: float = Field(
         600.0, gt=0, description="seconds after which a rank that waits for the others gives up and says where"
     )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="also send the numbers of stats.jsonl there, through accelerate; stats.jsonl is always written"
+    )
     ema_warmup: float = Field(
         0.05, ge=0, description="the half-life is at most this share of images_seen; 0 = no warm-up"
     )

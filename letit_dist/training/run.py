@@ -25,7 +25,7 @@ from letit_dist.files import write_atomically
 # What may change between two starts of a run, because by construction it changes no result.
 _FREE = (
     *("data.workers", "data.cache", "data.cache_gib", "intervals"),
-    *("training.microbatch", "training.recompute_from", "training.timeout"),
+    *("training.microbatch", "training.recompute_from", "training.timeout", "training.trackers"),
 )
 
 

@@ -6,14 +6,17 @@ one process while there are two, or turns DeepSpeed into plain data parallelism 
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 
 from letit_dist import rng
 from letit_dist.config import TrainingConfig
@@ -43,13 +46,20 @@ def _prepare_deepspeed_on_cpu() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def create_accelerator(*, several_phases: bool, timeout: float = 600.0) -> Accelerator:
+def create_accelerator(
+    *, several_phases: bool, timeout: float = 600.0, trackers: Sequence[str] = (), run: Path | None = None
+) -> Accelerator:
     """An `Accelerator` whose world and distribution are those of the launch; raises UserError otherwise.
 
-    `timeout` is how many seconds a rank waits for the others before a collective is given up.
+    `timeout` is how many seconds a rank waits for the others before a collective is given up; `trackers` are begun by
+    `begin_trackers`, and those that write files do so in `run`.
 
     Mixed precision is never delegated: under DDP it would mean autocast and under DeepSpeed cast parameters.
     """
+    # accelerate would leave out in silence what is not installed.
+    missing = [name for name in trackers if not _installed(name)]
+    if missing:
+        raise UserError(f"training.trackers: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     on_cpu = _on_cpu()
     handlers: list = [
@@ -64,7 +74,13 @@ def create_accelerator(*, several_phases: bool, timeout: float = 600.0) -> Accel
             _prepare_deepspeed_on_cpu()
         except ImportError:
             raise UserError("the launch file asks for DeepSpeed: pip install 'letit_dist[deepspeed]'") from None
-    accelerator = Accelerator(cpu=on_cpu and not wants_deepspeed, mixed_precision="no", kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        cpu=on_cpu and not wants_deepspeed,
+        mixed_precision="no",
+        kwargs_handlers=handlers,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(str(run), logging_dir=str(run / "tensorboard")) if run else None,
+    )
     ranks = launched_ranks()
     if accelerator.num_processes != ranks or (
         torch.distributed.is_initialized() and torch.distributed.get_world_size() != ranks
@@ -84,6 +100,24 @@ def join_ranks(timeout: float = 600.0) -> tuple[int, int, torch.device, Callable
     accelerator = create_accelerator(several_phases=False, timeout=timeout)
     place = accelerator.process_index, accelerator.num_processes, accelerator.device
     return *place, lambda mine: gather_object([mine])
+
+
+def _installed(tracker: str) -> bool:
+    names = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+    return any(importlib.util.find_spec(name) for name in names)
+
+
+def begin_trackers(accelerator: Accelerator, run: Path, images_seen: int) -> None:
+    """Open the trackers that the accelerator was made with, for a run that is at `images_seen`.
+
+    Without trackers this does nothing. TensorBoard's files go to run/tensorboard, and hide what an interrupted run
+    wrote past its checkpoint; on Weights & Biases a resumed run continues the one of its folder.
+    """
+    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    options: dict[str, dict] = {"wandb": {"name": run.resolve().name, "id": name, "resume": "allow", "dir": str(run)}}
+    if images_seen:
+        options["tensorboard"] = {"purge_step": images_seen + 1}
+    accelerator.init_trackers("letit_dist", init_kwargs=options)
 
 
 def seed_weights(seed: int) -> None:

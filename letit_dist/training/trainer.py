@@ -29,6 +29,7 @@ from letit_dist.training.metrics import Means, StatsFile
 from letit_dist.training.optim import activate, build_optimizer, require_gradients
 from letit_dist.training.plan import BatchPlan, plan_batches
 from letit_dist.training.setup import (
+    begin_trackers,
     change_deepspeed_batch,
     configure_deepspeed,
     is_deepspeed,
@@ -151,6 +152,7 @@ class Trainer:
         if self.images_seen >= total:
             self.say(f"complete: {self.images_seen} of {total} images were already seen")
             return 0
+        begin_trackers(self.accelerator, self.run, self.images_seen)
         batches = None
         self._clock, self._clock_images = time.perf_counter(), self.images_seen
         if self.images_seen == 0:
@@ -346,6 +348,7 @@ class Trainer:
             "images_per_second": round(speed, 2),
         }
         self.stats.append(record)
+        self.accelerator.log(record, step=self.images_seen)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **status}.items())
         if bar.disable:
             self.say(f"{self.images_seen:>9}/{self.training.images} images  {shown}  {speed:.0f} img/s")

@@ -1,0 +1,89 @@
+"""TensorBoard and Weights & Biases beside stats.jsonl, which is always written."""
+
+import importlib.util
+import json
+import os
+import shutil
+
+import pytest
+from programs import STYLES, run, shared_chain
+
+HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
+needs_tensorboard = pytest.mark.skipif(not HAS_TENSORBOARD, reason="tensorboard is not installed")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    return shared_chain(tmp_path_factory)
+
+
+def train(chain, folder, *more):
+    """The chain's energy training in a folder of its own."""
+    command = list(chain.train_energy(*STYLES))
+    command[command.index("--run") + 1] = folder
+    return run(*command, *more)
+
+
+def stats(folder):
+    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+    """{name: {step: value}} of all event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard/letit_dist"))
+    found.Reload()
+    return {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
+
+
+def same(found, lines):
+    for line in lines:
+        for name, value in line.items():
+            assert found[name][line["images_seen"]] == pytest.approx(value, rel=1e-6), (name, line["images_seen"])
+    assert all(set(steps) == {line["images_seen"] for line in lines} for steps in found.values())
+
+
+@needs_tensorboard
+def test_event_files_hold_the_numbers_of_stats(chain, tmp_path):
+    done = train(chain, tmp_path / "run", "training.trackers=[tensorboard]")
+    assert done.code == 0, done.err
+    lines = stats(tmp_path / "run")
+    assert len(lines) == 2 and "loss" in lines[0]
+    same(events(tmp_path / "run"), lines)
+
+
+@needs_tensorboard
+def test_what_was_written_past_the_checkpoint_is_hidden_on_resume(chain, tmp_path):
+    # Neither the trackers nor how often they are told change a result, so the run is the same one.
+    train(chain, tmp_path / "run", "training.trackers=[tensorboard]", "intervals.report=32")
+    assert [line["images_seen"] for line in stats(tmp_path / "run")][-3:] == [192, 224, 256]
+    for name in ("export", "checkpoints/images-000000000256"):
+        shutil.rmtree(tmp_path / "run" / name)
+    done = train(chain, tmp_path / "run", "training.trackers=[tensorboard]")
+    assert done.code == 0 and "resumed at 128" in done.out, done.err
+    assert [line["images_seen"] for line in stats(tmp_path / "run")] == [32, 64, 96, 128, 256]
+    same(events(tmp_path / "run"), stats(tmp_path / "run"))
+
+
+def test_off_by_default(chain):
+    assert (chain.energy() / "stats.jsonl").is_file() and not (chain.energy() / "tensorboard").exists()
+
+
+def test_unknown_and_missing_trackers(chain, tmp_path):
+    done = train(chain, tmp_path / "run", "training.trackers=[tensorbord]")
+    assert done.code == 2 and "training.trackers" in done.err and "tensorboard" in done.err
+    if importlib.util.find_spec("wandb") is None:
+        done = train(chain, tmp_path / "run", "training.trackers=[wandb]")
+        assert done.code == 2
+        assert done.errors == ["error: training.trackers: wandb not installed: pip install wandb"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_and_biases_without_a_network(chain, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = train(chain, tmp_path / "run", "training.trackers=[wandb]")
+    assert done.code == 0, done.err
+    assert any("wandb" in name for name in os.listdir(tmp_path / "run"))
+    assert len(stats(tmp_path / "run")) == 2
