@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         lines += report(found, config, levels, args.run)
         print(to_yaml(config), end="")
         print("\n".join(f"# {line}" for line in lines))
+        if lines[-1].endswith("(NOT ENOUGH)"):
+            raise UserError(f"--run {args.run}: no room for its checkpoints (the last line above)")
         return 0
 
     feed = ImageFeed(config.data, seed=config.training.seed, resolution=config.autoencoder.resolution)

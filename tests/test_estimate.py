@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_alae_trainer, tiny_trainer
+from programs import run as program
 
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.config import PretrainConfig, load_config
@@ -97,6 +98,11 @@ def test_a_full_disk_and_data_that_are_not_there(fruit_shards, tmp_path, config,
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("letit_dist.training.estimate.shutil.disk_usage", lambda path: usage)
     assert report(found, config, levels, tmp_path)[-1].endswith("(NOT ENOUGH)")
+    done = program("launch/pretrain.py", "configs/debug/vqvae2.yaml", "--check", "--run", tmp_path / "run", *TINY)
+    assert done.code == 2 and done.errors == [
+        f"error: --run {tmp_path / 'run'}: no room for its checkpoints (the last line above)"
+    ]
+    assert done.out.splitlines()[-1].endswith("(NOT ENOUGH)") and not (tmp_path / "run").exists()
 
     def data(*folders):
         return config.model_copy(update={"data": config.data.model_copy(update={"train": tuple(map(str, folders))})})

@@ -86,7 +86,7 @@ def _pass(recipe: Recipe, phase: str, start: int, plan: BatchPlan, side: int, mo
 
 
 def report(found: Footprint, config: PretrainConfig, levels: Sequence[Level], run: Path | None) -> list[str]:
-    """Lines for people; `run` is where the checkpoints would go."""
+    """Lines for people; `run` is where the checkpoints would go. The last one says so if there is no room for them."""
 
     def gib(count: float) -> str:
         return f"{count / GIB:.3g} GiB"
