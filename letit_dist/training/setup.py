@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
+from torch import nn
 
 from letit_dist import rng
 from letit_dist.config import TrainingConfig
@@ -139,6 +140,17 @@ def main_decides(accelerator: Accelerator, function: Callable[[], T]) -> T:
             raise UserError(outcome[1])
         raise SystemExit(2)  # the main process prints the one line
     return outcome[0]
+
+
+def require_equal_weights(accelerator: Accelerator, module: nn.Module) -> None:
+    """All ranks build the same weights from the same seed; anything else is a bug worth stopping for."""
+    if accelerator.num_processes == 1:
+        return
+    total = sum((tensor.detach().double().abs().sum() for tensor in module.state_dict().values()), torch.zeros(()))
+    every = [torch.zeros_like(total) for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather(every, total)
+    if any(other.item() != every[0].item() for other in every):
+        raise UserError("the ranks start from different weights: are all nodes on the same version and config?")
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from letit_dist.pretrained import load_exactly
 from letit_dist.recipes.base import Batch, Phase, Recipe
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
+from letit_dist.training.ends import StopSignals, why_it_ended
 from letit_dist.training.metrics import Means, StatsFile
 from letit_dist.training.optim import activate, build_optimizer, require_gradients
 from letit_dist.training.plan import BatchPlan, plan_batches
@@ -34,14 +33,12 @@ from letit_dist.training.setup import (
     configure_deepspeed,
     is_deepspeed,
     main_decides,
+    require_equal_weights,
 )
 from letit_dist.training.sharded import TrainingState
 
 # Exit code of a run that was asked to stop and has saved itself: a scheduler may requeue it (EX_TEMPFAIL).
 STOPPED = 75
-
-# What a collective says when another rank has died or does not answer.
-_LOST = re.compile("timed? ?out|connection (closed|reset|refused)|broken pipe|no such process|socket", re.IGNORECASE)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
@@ -95,7 +92,7 @@ class Trainer:
         self.average = (
             WeightAverage(recipe, training.ema_half_life, training.ema_warmup) if training.ema_half_life else None
         )
-        self._require_equal_start()
+        require_equal_weights(accelerator, recipe)
         if self.deepspeed:
             configure_deepspeed(
                 accelerator,
@@ -117,7 +114,7 @@ class Trainer:
         self.store = CheckpointStore(run / "checkpoints", intervals.keep)
         self._saved_at = -1
         self._batch_start = 0
-        self._stop_asked = False
+        self._signals = StopSignals()
         self._doing = "before the first batch"
         self._preview = None
         self._preview_count = preview
@@ -129,19 +126,12 @@ class Trainer:
         try:
             return self._train()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            where = f"{self._doing} at {self.images_seen} images"
             goes_on = f"{self._saved}, the same command continues from there"
-            if reason.startswith("DataLoader worker"):
-                raise UserError(
-                    f"a loader worker ended {self._doing} at {self.images_seen} images ({reason}): where memory was "
-                    f"short, lower data.workers; {goes_on}"
-                ) from error
-            if self.accelerator.num_processes == 1 or not _LOST.search(reason):
+            line = why_it_ended(error, self.accelerator.num_processes, where, goes_on)
+            if line is None:
                 raise
-            raise UserError(
-                f"lost the other ranks {self._doing} at {self.images_seen} images ({reason}); {goes_on}. "
-                "What a rank that ended has said stands in its own lines"
-            ) from error
+            raise UserError(line) from error
         finally:
             # Whatever ends the run, what it says of its newest checkpoint is then true.
             self.store.wait()
@@ -157,7 +147,7 @@ class Trainer:
         self._clock, self._clock_images = time.perf_counter(), self.images_seen
         if self.images_seen == 0:
             self.picture()
-        with self._signals(), self._bar(total) as bar:
+        with self._signals, self._bar(total) as bar:
             while self.images_seen < total:
                 level = self.recipe.level_at(self.images_seen)
                 if batches is None or level != self.level:
@@ -267,7 +257,7 @@ class Trainer:
 
     def _agree(self, batch: Batch) -> bool:
         """Count bad samples over all ranks and decide together whether to stop."""
-        flags = [float(self._stop_asked), float(len(batch.bad)), float(self.store.failed)]
+        flags = [float(self._signals.asked), float(len(batch.bad)), float(self.store.failed)]
         stop, bad, failed = self._all_sum(flags)
         if failed:
             self.store.wait()  # raises on the main process, which wrote
@@ -284,33 +274,6 @@ class Trainer:
                 f"{self.max_bad_fraction:g}: check the shards with shards/check.py (the run is saved)"
             )
         return stop > 0
-
-    def _require_equal_start(self) -> None:
-        """All ranks build the same weights from the same seed; anything else is a bug worth stopping for."""
-        if self.accelerator.num_processes == 1:
-            return
-        total = sum((p.detach().double().abs().sum() for p in self.recipe.state_dict().values()), torch.zeros(()))
-        every = [torch.zeros_like(total) for _ in range(self.accelerator.num_processes)]
-        torch.distributed.all_gather(every, total)
-        if any(other.item() != every[0].item() for other in every):
-            raise UserError("the ranks start from different weights: are all nodes on the same version and config?")
-
-    @contextlib.contextmanager
-    def _signals(self):
-        """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint and a clean stop; a second Ctrl-C ends."""
-
-        def ask(number, _frame):
-            if self._stop_asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop_asked = True
-
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        before = {number: signal.signal(number, ask) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # ---------------------------------------------------------------- what a person sees
 

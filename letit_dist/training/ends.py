@@ -1,0 +1,44 @@
+"""How a run ends before its time: asked to stop by a signal, or left by a rank or a reader."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+# What a collective says when another rank has died or does not answer.
+_LOST = re.compile("timed? ?out|connection (closed|reset|refused)|broken pipe|no such process|socket", re.IGNORECASE)
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint and a clean stop; a second Ctrl-C ends.
+
+    A context: the handlers of before are back after it.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> StopSignals:
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def why_it_ended(error: RuntimeError, ranks: int, where: str, goes_on: str) -> str | None:
+    """The line for a run that a loader's worker or the other ranks have left; None for any other error."""
+    reason = " ".join(str(error).split())[:200]
+    if reason.startswith("DataLoader worker"):
+        return f"a loader worker ended {where} ({reason}): where memory was short, lower data.workers; {goes_on}"
+    if ranks == 1 or not _LOST.search(reason):
+        return None
+    said = "What a rank that ended has said stands in its own lines"
+    return f"lost the other ranks {where} ({reason}); {goes_on}. {said}"
