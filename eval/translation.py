@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.evaluation.attributes import load_or_train_judge, read_examples, read_pixels
     from letit_dist.evaluation.report import write_report
     from letit_dist.evaluation.rivals import NAMES
-    from letit_dist.evaluation.scoring import check_sizes, score_translations
+    from letit_dist.evaluation.scoring import check_sizes, match_pairs, score_translations
 
     out = args.out or Path(args.energy) / "-".join(["eval", *filter(None, (args.source, args.to))])
     if out.exists() and not out.is_dir():
@@ -111,18 +111,20 @@ def main(argv: list[str] | None = None) -> int:
     source, target, test = (ShardDataset([path]).matching(side) for path in (*args.train, args.test))
     pairs, real = (ShardDataset([path]).matching(side) if path else None for path in (args.pairs, args.real))
     check_sizes(translator, train=source, test=test, pairs=pairs, real=real)
+    if pairs:
+        match_pairs(test, pairs)
     examples = read_examples(source, target)
     folder = args.judge or out / "judge"
     options, notices = instruments(args, [source, target], examples, folder.with_name(f"{folder.name}-kept"), device)
     judge = load_or_train_judge(examples, folder, steps=args.judge_steps, seed=args.seed).to(device)
-    for line in notices:
-        print(f"notice: {line}", file=sys.stderr)
     names = dict(zip(BASELINES, NAMES, strict=True))
     options |= {"batch": args.batch, "seed": args.seed, "baselines": [names[name] for name in args.baselines]}
     options["real"] = read_pixels(real) if real else None
     result = score_translations(translator, judge, examples, test, pairs, **options)
     write_report(result, out)
     print(result.table())
+    for line in notices:
+        print(f"notice: {line}", file=sys.stderr)
     print(f"sheet: {out / 'translation.png'}")
     return 0
 

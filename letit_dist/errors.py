@@ -5,11 +5,18 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to change. Programs exit with code 2."""
+
+
+def _let_others_speak() -> None:
+    # Launchers end all ranks as soon as one has ended, also one that is about to say what went wrong.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(1.0)
 
 
 def reports_errors(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -25,7 +32,11 @@ def reports_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             prefix = f"[rank {os.environ.get('RANK', '0')}] " if ranks > 1 else ""
             for line in str(error).splitlines():
                 print(f"{prefix}error: {line}", file=sys.stderr, flush=True)
+            _let_others_speak()
             return 2
+        except SystemExit:
+            _let_others_speak()
+            raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

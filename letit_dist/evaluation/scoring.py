@@ -52,13 +52,13 @@ def _encode(translator: Translator, pixels: Tensor, batch: int) -> Tensor:
     return torch.cat([translator.encode(to_images(part.to(translator.device))) for part in pixels.split(batch)])
 
 
-def _paired(test: ShardDataset, pairs: ShardDataset) -> Tensor:
-    """Images (N, 3, H, W) of `pairs` in the order of `test`, matched by key."""
+def match_pairs(test: ShardDataset, pairs: ShardDataset) -> list[int]:
+    """The row in `pairs` of each image of `test`, by key; UserError if one has no counterpart."""
     rows = {pairs.key(i): i for i in range(len(pairs))}
     missing = [test.key(i) for i in range(len(test)) if test.key(i) not in rows]
     if missing:
         raise UserError(f"--pairs: {len(missing)} of {len(test)} test images have no counterpart, e.g. {missing[0]!r}")
-    return to_images(read_pixels(pairs)[[rows[test.key(i)] for i in range(len(test))]])
+    return [rows[test.key(i)] for i in range(len(test))]
 
 
 def check_sizes(translator: Translator, **folders: ShardDataset | None) -> None:
@@ -109,7 +109,7 @@ def score_translations(
         raise UserError(f"--test has the factors {', '.join(names) or 'none'}, --train has {', '.join(judge.names)}")
     truth = keeper.truth(test) if keeper is not None else None
     middle = examples.factors.median(0).values if examples.factors is not None and keeper is None else None
-    counterparts = _paired(test, pairs) if pairs is not None else None
+    counterparts = to_images(read_pixels(pairs)[match_pairs(test, pairs)]) if pairs is not None else None
     domains = [examples.pixels[examples.domain == d] for d in (0, 1)]
     source, target = (_encode(translator, part, batch) for part in domains)
     rivals = fit_rivals(baselines, source, target, seed=seed, say=say)
