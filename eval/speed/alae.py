@@ -11,10 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from speed.arguments import at_least_one
-
-# Of a network for 256 pixels: channels there, at most, of the latent, and mapping layers. "full" is as published.
-WIDTHS = {"tiny": (2, 8, 8, 2), "small": (8, 64, 64, 8), "medium": (16, 128, 128, 8), "full": (64, 512, 512, 8)}
+from speed.arguments import WIDTHS, at_least_one
 
 
 def options(parser: argparse.ArgumentParser) -> None:

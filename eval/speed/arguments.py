@@ -1,10 +1,13 @@
-"""Checks of options that several benchmarks share."""
+"""Options that several benchmarks share, and their checks."""
 
 from __future__ import annotations
 
 import argparse
 
 from letit_dist.errors import UserError
+
+# Of a network for 256 pixels: channels there, at most, of the latent, and mapping layers. "full" is as published.
+WIDTHS = {"tiny": (2, 8, 8, 2), "small": (8, 64, 64, 8), "medium": (16, 128, 128, 8), "full": (64, 512, 512, 8)}
 
 
 def without_effect(args: argparse.Namespace, *names: str) -> None:
