@@ -37,6 +37,7 @@ PROGRAMS += [
     "eval/scaling.py",
     "eval/report.py",
     "eval/study.py",
+    "eval/throughput.py",
     "eval/weights.py",
     "eval/translation.py",
     "shards/pack.py",

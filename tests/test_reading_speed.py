@@ -19,7 +19,7 @@ from letit_dist.evaluation.benchmark import Side, resident_peak
 
 sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there
 
-from data_sides import DataSides, box, large_index, picture, psnr, resident_over
+from speed.data_sides import DataSides, box, large_index, picture, psnr, resident_over
 
 DATA = ("eval/throughput.py", "data", "--side", 128, "--images", 4, "--batch", 2, "--repeats", 2)
 DATA += ("--entries", 100, "--samples", 1000)

@@ -16,6 +16,7 @@ def test_every_module_and_program_stands_in_the_tree():
         *ROOT.glob("launch/*.*"),
         *ROOT.glob("shards/*.*"),
         *ROOT.glob("eval/*.*"),
+        *ROOT.glob("eval/speed/*.py"),
     ]:
         if path.name != "__init__.py":
             assert path.name in names, f"{path.relative_to(ROOT)} has no line in the README's tree"

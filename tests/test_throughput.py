@@ -26,8 +26,8 @@ from letit_dist.evaluation.benchmark import (
 
 sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there
 
-from alae_sides import AlaeSides, Tolerance
-from naive_alae import NaiveALAE
+from speed.alae_sides import AlaeSides, Tolerance
+from speed.naive_alae import NaiveALAE
 
 THROUGHPUT = "eval/throughput.py"
 TINY = (THROUGHPUT, "alae", "--width", "tiny", "--batch", 2, "--repeats", 2, "--threads", 1)
@@ -320,7 +320,9 @@ def test_other_bad_arguments(tmp_path):
 
 def test_help_names_every_benchmark():
     done = run(THROUGHPUT, "--help")
-    assert done.code == 0 and re.search(r"^  alae +a training iteration", done.out, re.MULTILINE)
+    assert done.code == 0
+    for name in ("alae", "data", "ranks", "save"):
+        assert re.search(rf"^ +{name} +\w", done.out, re.MULTILINE), name
 
 
 # What several ranks and checkpoints cost

@@ -82,7 +82,7 @@ class Result:
             "case": self.name,
             **speeds,
             "naive / ours": f"{middle:.2f} ({low:.2f} to {high:.2f})",
-            **({} if self.images is None else {"target": self.target and f"at least {self.target:g}"}),
+            **({"target": self.target and f"at least {self.target:g}"} if self.images or self.target else {}),
             "pairs": len(self.seconds),
             "naive, MiB": self.memory and f"{self.memory[0] / 2**20:.1f}",
             "ours, MiB": self.memory and f"{self.memory[1] / 2**20:.1f}",

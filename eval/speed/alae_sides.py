@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from naive_alae import PHASES, NaiveALAE
+from speed.naive_alae import PHASES, NaiveALAE
 from torch import Tensor
 
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig

@@ -15,7 +15,7 @@ from letit_dist.data.packing import PackOptions, pack
 from letit_dist.data.sources import Request, open_source
 from letit_dist.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 _INTERVALS = 4  # of a run; the first one, in which everything is started, is left out
 
 

@@ -1,0 +1,59 @@
+"""a training iteration of ALAE (three phases, their steps, the average): as published against the trainer
+
+As published is naive_alae.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from speed.arguments import WIDTHS, at_least_one
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--resolution", type=int, nargs="+", default=[64, 128, 256], metavar="PIXELS", help="default: 64 128 256")
+    add("--width", choices=WIDTHS, default="small", help="of the networks (default: small)")
+    add("--full", dest="width", action="store_const", const="full", help="the published widths: --width full")
+    add("--batch", type=int, default=4, metavar="N", help="images an iteration (default: 4, as published for a GPU)")
+
+
+def matches(args: argparse.Namespace) -> Iterator:
+    """A training iteration at each resolution; a smaller one has the layers that the network for 256 has there."""
+    from letit_dist.autoencoders.alae import ALAEConfig
+    from letit_dist.config import parse_config
+    from letit_dist.evaluation.benchmark import Match
+    from speed.alae_sides import AlaeSides, Tolerance
+
+    at_least_one(args, "batch")
+    start, most, latent, layers = WIDTHS[args.width]
+    sizes = {"max_channels": most, "latent_dim": latent, "mapping_layers": layers}
+    configs = [
+        parse_config(ALAEConfig, {"resolution": side, "start_channels": max(1, start * 256 // side), **sizes})
+        for side in args.resolution
+    ]
+    for config in configs:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder)
+            # Where LeakyReLU's kink lies within rounding of an activation, gradients jump, and with them R1: only
+            # float64 can tell a wrong formula. With an eps of nothing, its place in Adam makes no difference.
+            exact = AlaeSides(config, batch=min(args.batch, 2), run=run, precision="fp64", eps=1e-30)
+            exact = exact.compare(Tolerance()).found
+            gc.collect()
+            sides = AlaeSides(
+                config, batch=args.batch, run=run, precision="bf16" if args.bf16 else "fp32", compiler=args.compile
+            )
+
+            def agree(sides=sides, exact=exact) -> str:
+                loose = Tolerance(loss=1e-3, gradient=float("inf"), weight=float("inf"), average=float("inf"))
+                found = sides.compare(loose).found
+                return (
+                    f"float64: losses {exact['loss']:.0e}, gradients {exact['gradient']:.0e}, "
+                    f"weights {exact['weight']:.0e}; float32: losses {found['loss']:.0e}"
+                )
+
+            yield Match(f"{config.resolution} pixels", sides.naive_side, sides.our_side, agree)

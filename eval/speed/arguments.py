@@ -1,0 +1,23 @@
+"""Options that several benchmarks share, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+
+from letit_dist.errors import UserError
+
+# Of a network for 256 pixels: channels there, at most, of the latent, and mapping layers. "full" is as published.
+WIDTHS = {"tiny": (2, 8, 8, 2), "small": (8, 64, 64, 8), "medium": (16, 128, 128, 8), "full": (64, 512, 512, 8)}
+
+
+def without_effect(args: argparse.Namespace, *names: str) -> None:
+    """UserError for options that are given and mean nothing to this benchmark."""
+    if given := [f"--{name}" for name in names if getattr(args, name)]:
+        raise UserError(f"{' and '.join(given)} has no effect on {args.command}: leave it out")
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """UserError where an option that counts something is below 1."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")

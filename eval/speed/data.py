@@ -1,0 +1,72 @@
+"""reading images for training, on one core: the usual loader over JPEG files against ours over shards
+
+Usual is ImageFolder, Pillow, Resize and ToTensor over the files of which the shards were made. Then how long an index
+takes to load, and memory over many samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from letit_dist.errors import UserError
+from speed.arguments import at_least_one, without_effect
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", type=int, default=32, metavar="N", help="JPEG files that a timed run reads once (default: 32)")
+    add("--batch", type=int, default=16, metavar="N", help="images a batch (default: 16)")
+    add("--side", type=int, default=1024, metavar="PIXELS", help="of the files; the small ones have a quarter (1024)")
+    add("--entries", type=int, default=70_000, metavar="N", help="of the index that is loaded (default: 70000)")
+    add("--samples", type=int, default=100_000, metavar="N", help="read for the line on memory (default: 100000)")
+
+
+def matches(args: argparse.Namespace) -> Iterator:
+    """Reading at both sizes, then two facts."""
+    at_least_one(args, "images", "batch", "entries", "samples")
+    without_effect(args, "bf16", "compile")
+    if args.device == "cuda":
+        raise UserError("--device cuda has no effect on data, which is read by CPUs: leave it out")
+    if args.images % args.batch:
+        raise UserError(f"--images {args.images}: must be a multiple of --batch {args.batch}")
+    if args.side < 64 or args.side & (args.side - 1):
+        raise UserError(f"--side {args.side}: must be a power of two from 64 on")
+    import statistics
+    import warnings
+
+    import torch
+
+    from letit_dist.data.index import Index
+    from letit_dist.evaluation.benchmark import Fact, Match, clock, core_seconds, resident_peak
+    from speed.data_sides import DataSides, large_index, resident_over
+
+    torch.set_num_threads(args.threads or 1)
+    warnings.filterwarnings("ignore", message="[\\s\\S]*decod", category=UserWarning, module="torchvision")
+    with tempfile.TemporaryDirectory() as folder:
+        sides = DataSides(Path(folder) / "data", args.images, args.batch, args.side)
+        large, small = sides.side, sides.small
+        usual = {side: sides.usual(side) for side in (small, large)}
+
+        def row(name, side, ours, agree, target=None):
+            counted = {"images": args.images, "memory": resident_peak, "seconds": core_seconds}
+            return Match(name, usual[side], ours, agree, target=target, **counted)
+
+        both, only = f"{small} beside {large}", f"{small} from {large}"
+        yield row(both, small, sides.ours("both", small), sides.close("both", small, 35), 20)
+        yield row(f"{only}, exact", small, sides.ours("only", small), sides.equal("only", small))
+        scaled = {"scaled_decode": True}
+        agree = sides.close("only", small, 45, **scaled)
+        yield row(f"{only}, scaled_decode", small, sides.ours("only", small, **scaled), agree, 3)
+        yield row(f"{large}", large, sides.ours("only", large), sides.equal("only", large), 2.5)
+        floats = sides.ours("only", large, floats=True)
+        yield row(f"{large}, floats on the CPU too", large, floats, sides.equal("only", large))
+        yield Fact("a file", f"{sides.bytes / args.images / 1000:.0f} kB, JPEG q95 4:4:4 of {large} pixels")
+        path = large_index(Path(folder) / "index", args.entries)
+        took = statistics.median(clock("cpu")(lambda: Index.read(path)) for _ in range(5))
+        yield Fact(f"index of {args.entries} samples of five files", f"loaded in {took:.2f} s (target: below 1)")
+        points = resident_over(Path(folder) / "tiny", args.samples)
+        shown = ", ".join(f"{size / 2**20:.1f} after {read}" for read, size in points)
+        yield Fact("resident memory, MiB, samples of 16 pixels", shown)

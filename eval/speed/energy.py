@@ -1,0 +1,112 @@
+"""an iteration of training an energy: as published, with and without encoding, against the trainer on stored latents
+
+As published is naive_energy.py: both batches pass the frozen encoder anew, chains go through autograd, loss, Adam,
+average. The published sampler freezes the parameters; the rows "all gradients" do not, as the plainest loop would not.
+The energies: 512-2048-1 on ALAE's latents, 32-64-1 on a beta-VAE's, and the residual convolutional one on VQ-VAE-2's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from speed.arguments import WIDTHS, at_least_one, without_effect
+
+KINDS = ("alae", "beta_vae", "vqvae2")
+# With the encoding; and without, by kind: chains bound by matrix products, by overhead, and by convolutions.
+ENCODED, TARGETS = 500, {"alae": 1.4, "beta_vae": 4, "vqvae2": 1.6}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--on", choices=KINDS, nargs="+", default=KINDS, help="autoencoders on whose latents (default: all)")
+    add("--resolution", type=int, default=256, metavar="PIXELS", help="of ALAE and VQ-VAE-2 (default: 256)")
+    add("--width", choices=WIDTHS, default="full", help="of ALAE's networks (default: full, as published)")
+    add("--multiplier", type=int, default=1, metavar="M", help="of the convolutional energy's channels (1)")
+    add("--batch", type=int, metavar="N", help="images of each side (default: as published, 32, 128 and 8)")
+    add("--steps", type=int, metavar="T", help="of a chain (default: as published, 20, 10 and 35)")
+    add("--no-encoding", action="store_true", help="without the rows in which the naive side encodes")
+
+
+def matches(args: argparse.Namespace) -> Iterator:
+    """Every energy without encoding, frozen and not; then with encoding, as published."""
+    at_least_one(args, "batch", "steps", "multiplier")
+    without_effect(args, "compile")
+    from letit_dist.autoencoders.base import build_autoencoder
+    from letit_dist.evaluation.benchmark import Match
+    from letit_dist.training.setup import seed_weights
+    from speed.energy_sides import EnergySides
+
+    for kind in dict.fromkeys(args.on):
+        seed_weights(1)
+        config, chain = _setting(kind, args)
+        autoencoder = build_autoencoder(config)
+        for frozen in (True, False):
+            with tempfile.TemporaryDirectory() as folder:
+                sides = EnergySides(chain, autoencoder, Path(folder), frozen=frozen, bf16=args.bf16)
+                name = kind if frozen else f"{kind}, all gradients"
+                naive = sides.naive_side(encoding=False)
+                yield Match(name, naive, sides.our_side, sides.agree, target=TARGETS[kind])
+                if kind == "alae" and frozen:
+                    yield _rate(chain, sides)
+                if frozen and not args.no_encoding:
+                    naive = sides.naive_side(encoding=True)
+                    yield Match(f"{kind}, encoding", naive, sides.our_side, lambda: "as above", target=ENCODED)
+
+
+def _setting(kind: str, args: argparse.Namespace) -> tuple:
+    """(config of an autoencoder, chain on its latents)"""
+    from letit_dist.autoencoders.alae import ALAEConfig
+    from letit_dist.autoencoders.beta_vae import BetaVAEConfig
+    from letit_dist.autoencoders.vqvae2 import VQVAE2Config
+    from letit_dist.config import parse_config
+    from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig
+    from speed.energy_sides import Chain
+
+    start, most, latent, layers = WIDTHS[args.width]
+    found = {
+        "alae": (
+            ALAEConfig,
+            {
+                "resolution": args.resolution,
+                "start_channels": max(1, start * 256 // args.resolution),
+                "max_channels": most,
+                "latent_dim": latent,
+                "mapping_layers": layers,
+            },
+            Chain(MLPEnergyConfig(hidden=4 * latent), 32, 20, 0.2),
+        ),
+        "beta_vae": (BetaVAEConfig, {}, Chain(MLPEnergyConfig(hidden=64), 128, 10, 0.2)),
+        "vqvae2": (
+            VQVAE2Config,
+            {"resolution": args.resolution},
+            Chain(ConvEnergyConfig(multiplier=args.multiplier), 8, 35, 2.0),
+        ),
+    }
+    schema, numbers, chain = found[kind]
+    return parse_config(schema, numbers), Chain(
+        chain.energy, args.batch or chain.batch, args.steps or chain.steps, chain.step_size
+    )
+
+
+def _rate(chain, sides):
+    """The share of the rate of large matrix products that an iteration of the MLP comes to."""
+    import statistics
+
+    import torch
+
+    from letit_dist.evaluation.benchmark import Fact, clock
+
+    seconds = clock(sides.device)
+    large = torch.randn(1024, 1024, device=sides.device)
+    rate = 2 * 1024**3 / min(seconds(lambda: large @ large) for _ in range(10))
+    # Multiply-adds of one sample in one product with the hidden layer's weights: a step of a chain takes two
+    # products, the update four (forward and weights' gradient, over both domains).
+    one = 2 * sides.recipe.energy.latent_shape[0] * chain.energy.hidden * chain.batch
+    run = sides.our_side.run
+    run()
+    took = statistics.median(seconds(run) for _ in range(5))
+    share = one * (2 * chain.steps + 4) / took / rate
+    return Fact("alae's share of the matrix rate", f"{share:.0%} of {rate / 1e9:.0f} GFLOP/s, products of 1024 x 1024")

@@ -1,0 +1,225 @@
+"""Both sides of `throughput.py energy`: the published iteration and the trainer's, from the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from letit_dist.autoencoders.base import Autoencoder
+from letit_dist.config import IntervalsConfig, TrainingConfig
+from letit_dist.data.latents import LatentSet, LatentWriter
+from letit_dist.energy.langevin import LangevinConfig
+from letit_dist.energy.models import EnergyConfig, build_energy
+from letit_dist.errors import UserError
+from letit_dist.evaluation.benchmark import Side
+from letit_dist.recipes.base import OptimizerConfig
+from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe
+from letit_dist.training.feeds import LatentFeed
+from letit_dist.training.setup import create_accelerator, seed_weights
+from letit_dist.training.trainer import Trainer
+from speed.naive_energy import NaiveEnergy
+
+RATE, BETAS, EPS, HALF_LIFE = 1e-3, (0.5, 0.999), 1e-8, 22_170.0
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a benchmark of an energy is made of beside its autoencoder; `step_size` is that of eq. (6)."""
+
+    energy: EnergyConfig
+    batch: int
+    steps: int
+    step_size: float
+
+
+class EnergySides:
+    """One iteration of training on `batch` source and as many target images, by hand and by the trainer.
+
+    Images are random; the target's are darker, so that there is something to learn.
+    """
+
+    def __init__(
+        self, chain: Chain, autoencoder: Autoencoder, folder: Path, *, frozen: bool, bf16: bool = False, seed: int = 0
+    ):
+        """`folder` takes the encoded domains and the trainer's run; `frozen` as in `NaiveEnergy`."""
+        self.chain, self.autoencoder, self.bf16 = chain, autoencoder.eval().requires_grad_(False), bf16
+        seed_weights(seed)
+        energy = build_energy(chain.energy, autoencoder.latent_shape)
+        recipe = LatentEnergyRecipe(
+            LatentEnergyConfig(
+                langevin=LangevinConfig(steps=chain.steps, step_size=chain.step_size),
+                loss_limit=1e5,
+                optimizer=OptimizerConfig(learning_rate=RATE, betas=BETAS, eps=EPS),
+            ),
+            energy,
+            autoencoder,
+            {},
+            seed=seed,
+            precision="bf16" if bf16 else "fp32",
+        )
+        self.trainer = Trainer(
+            create_accelerator(several_phases=False),
+            recipe,
+            feed=None,  # iterations are taken here, one by one
+            run=folder / "run",
+            training=TrainingConfig(
+                images=1,
+                batch=chain.batch,
+                precision="bf16" if bf16 else "fp32",
+                ema_half_life=HALF_LIFE,
+                ema_warmup=0.0,
+                seed=seed,
+            ),
+            intervals=IntervalsConfig(report=1, samples=1, checkpoint=1),
+        )
+        self.recipe = recipe
+        self.device = self.trainer.accelerator.device
+        # Only now are the weights on their device.
+        self.naive = NaiveEnergy(
+            energy,
+            steps=chain.steps,
+            step_size=chain.step_size,
+            rate=RATE,
+            betas=BETAS,
+            eps=EPS,
+            decay=0.5 ** (chain.batch / HALF_LIFE),
+            frozen=frozen,
+        )
+        self.naive.bf16 = bf16
+        side = autoencoder.config.resolution
+        shape = (2, chain.batch, 3, side, side)
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        self.images = [images[0].to(self.device), (0.5 * images[1] - 0.5).to(self.device)]
+        domains = [self._encoded(folder / name, domain) for name, domain in zip("st", self.images, strict=True)]
+        self.feed = LatentFeed(*domains, seed=seed)
+        # Row-major, as the plain formulation has them.
+        self.latents = [domain.contiguous() for domain in self._naive_latents()]
+
+    @torch.no_grad()
+    def _encoded(self, folder: Path, images: Tensor) -> LatentSet:
+        """A domain as `launch/encode_latents.py` stores it."""
+        model, coded = self.autoencoder, self.autoencoder.stores_codes
+        fields = model.encode_codes(images) if coded else {"latent": model.encode(images)}
+        writer = LatentWriter(
+            folder,
+            kind="codes" if coded else "latents",
+            autoencoder_fingerprint=model.fingerprint(),
+            codebook_size=model.config.codes if coded else None,
+            meta={"domain": folder.name},
+        )
+        with writer:
+            for row in range(len(images)):
+                writer.write(f"{row:06d}", {name: value[row] for name, value in fields.items()})
+        return LatentSet.open(folder)
+
+    @torch.no_grad()
+    def _naive_latents(self) -> list[Tensor]:
+        return [self.autoencoder.encode(images) for images in self.images]
+
+    # ---------------------------------------------------------------- what is timed
+
+    def naive_side(self, *, encoding: bool) -> Side:
+        """As published; with `encoding`, both batches pass the encoder first."""
+
+        def run() -> None:
+            self.naive.iteration(*(self._naive_latents() if encoding else self.latents))
+
+        return Side(run, self._naive_held, self.naive.forget_gradients)
+
+    def _naive_held(self) -> Iterator[Tensor]:
+        yield from self.naive.held()
+        yield from self.autoencoder.state_dict().values()
+
+    @property
+    def our_side(self) -> Side:
+        """What `Trainer.train` does between two batches of stored latents, dealing them out included."""
+        batches = self._batches()
+
+        def run() -> None:
+            self._iterate(batches)
+
+        return Side(run, self._held, lambda: self.trainer.base_optimizer.zero_grad(set_to_none=True))
+
+    def _batches(self) -> Iterator:
+        return self.feed.batches(self.trainer.images_seen, self.chain.batch, 0, 1)
+
+    def _iterate(self, batches: Iterator) -> None:
+        trainer = self.trainer
+        batch = next(batches).to(trainer.accelerator.device, trainer.dtype, trainer.memory_format)
+        for phase in self.recipe.phases:
+            trainer.step(phase, batch)
+        trainer.means.add(self.recipe.after_batch(batch))
+        trainer.images_seen += batch.size
+        trainer.average.update(self.recipe, batch.size, trainer.images_seen)
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from self.recipe.state_dict().values()
+        yield from self.autoencoder.state_dict().values()
+        yield from self.trainer.average.module.state_dict().values()
+        for slots in self.trainer.base_optimizer.state.values():
+            yield from (value for value in slots.values() if isinstance(value, Tensor))
+
+    # ---------------------------------------------------------------- agreement
+
+    def agree(self) -> str:
+        """One iteration of both in float32, from equal weights; a UserError where they are more than 1e-5 apart.
+
+        Energies are measured in units of the largest, weights and averages in those of their tensor. Adam's first
+        step is the gradient's sign, so that weights are compared where their gradient is more than rounding.
+        """
+        with self._full_precision():
+            loss, ended = self.naive.iteration(*self.latents)
+            self.trainer.means.clear()
+            start = self.recipe.transport(self.latents[0], next(self._batches()))
+            worst = {"chains": _apart(start.latents, ended)}
+            self._iterate(self._batches())
+            scale = self.trainer.means.means()
+            energies = max(abs(scale["energy_target"]), abs(scale["energy_translated"]))
+            worst["energies"] = abs(scale["loss"] - loss) / energies
+        gradients = {name: weight.grad.abs() for name, weight in self.naive.weights.items()}
+        largest = max(float(gradient.max()) for gradient in gradients.values())
+        averages = dict(self.trainer.average.module.energy.named_parameters())
+        worst["weights"] = worst["averages"] = 0.0
+        compared = total = 0
+        for name, ours in self.recipe.energy.named_parameters():
+            clear = gradients[name] > TOLERANCE * largest
+            compared, total = compared + int(clear.sum()), total + clear.numel()
+            for kind, plain, other in (
+                ("weights", self.naive.weights[name], ours),
+                ("averages", self.naive.averages[name], averages[name]),
+            ):
+                worst[kind] = max(worst[kind], _apart(other[clear], plain[clear], plain))
+        for kind, found in worst.items():
+            if not found <= TOLERANCE:
+                raise UserError(f"the two sides disagree: {kind} by {found:.2g}, allowed are {TOLERANCE:g}")
+        if compared < 0.9 * total:
+            raise UserError(f"only {compared} of {total} weights have a gradient that is more than rounding")
+        return ", ".join(f"{kind} {found:.0e}" for kind, found in worst.items())
+
+    @contextlib.contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """No autocast, nor the shortened products that a GPU takes by default."""
+        products = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        before = [(flags, flags.allow_tf32) for flags in products]
+        precision, self.recipe.precision, self.naive.bf16 = self.recipe.precision, "fp32", False
+        try:
+            for flags in products:
+                flags.allow_tf32 = False
+            yield
+        finally:
+            for flags, value in before:
+                flags.allow_tf32 = value
+            self.recipe.precision, self.naive.bf16 = precision, self.bf16
+
+
+@torch.no_grad()
+def _apart(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    if not found.numel():
+        return 0.0
+    return float((found - expected).abs().max() / (expected if scale is None else scale).abs().max())
