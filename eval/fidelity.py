@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""FID, KID, precision and recall, and the Inception score of images A against real images B.
+"""FID, KID, precision and recall, the Inception score, FD-DINOv2 and CMMD of images A against real images B.
 
     python eval/fidelity.py translated/ data/orange/test --out results
     python eval/fidelity.py run:runs/apple2orange data/orange/test --source data/apple/test --out results
     python eval/fidelity.py run:runs/cat2dog data/dog/test --source data/cat/test --protocol cut --out results
+    python eval/fidelity.py A B --extractor dinov2 --weights-sha256 DIGITS --out results
     accelerate launch --config_file launch/accelerate/gpu8.yaml eval/fidelity.py A B --out results
 
 A and B are folders of images or shard folders. A may be run:RUN, an energy that translates --source on the fly; B may
@@ -16,18 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from letit_dist.errors import UserError, reports_errors
 
 PROTOCOLS = Path(__file__).resolve().parent.parent / "configs" / "eval"
 # What a protocol decides, and its options.
-DECIDED = {"extractor": "compat", "metrics": ["fid", "kid", "prc", "isc"], "outputs": 1, "resize": None}
+DECIDED = {"extractor": "compat", "metrics": None, "outputs": 1, "resize": None}
 DECIDED |= {"layer": "2048", "kid_subsets": 100, "kid_subset_size": 1000}
+HOW = "numbers are valid: false until --weights-sha256 has the digits that their publisher shows"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -37,8 +37,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("b", metavar="B", help="real images: a folder, shards, or stored:DIR")
     add("--out", type=Path, required=True, metavar="DIR")
     add("--protocol", metavar="NAME", help="a file of configs/eval: stargan2, cut, letit-kid, egsde, unsb, clean")
-    add("--metrics", nargs="+", choices=("fid", "kid", "prc", "isc"), help="(all)")
-    add("--extractor", choices=("compat", "clean", "pytorch-fid", "torchvision"), help="network and resize (compat)")
+    metrics = ("fid", "kid", "prc", "isc", "fd_dinov2", "cmmd")
+    add("--metrics", nargs="+", choices=metrics, help="(all that the extractor has)")
+    kinds = ("compat", "clean", "pytorch-fid", "torchvision", "dinov2", "clip")
+    add("--extractor", choices=kinds, help="network and resize (compat)")
     add("--layer", choices=("64", "192", "768", "2048"), help="whose features are compared (2048)")
     add("--resize", type=int, metavar="SIDE", help="bring all images to this side first (bilinear, antialiased)")
     add("--kid-subsets", type=int, metavar="N", help="(100)")
@@ -47,6 +49,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="of the draws of equal counts")
     add("--reference", type=Path, metavar="DIR", help="keep B's features here, and use them again if they match")
     add("--weights", metavar="DIR", help="weight files ($LETIT_WEIGHTS, or ~/.cache/letit_dist/weights)")
+    add(
+        "--weights-sha256", metavar="DIGITS", type=str.lower, help="of dinov2's or clip's file, as its publisher has it"
+    )
     add("--random-weights", action="store_true", help="no weight files: numbers that mean nothing, to try it out")
     add("--source", type=Path, metavar="IMAGES", help="what run:RUN translates")
     add("--autoencoder", help="of run:RUN (default: the one that it names)")
@@ -77,22 +82,7 @@ def settle(args: argparse.Namespace):
     return protocol
 
 
-def processes() -> tuple[int, int, str, Callable[[object], list]]:
-    """(rank, world, device, gather) of this launch."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        import torch
-
-        return 0, 1, "cuda" if torch.cuda.is_available() else "cpu", lambda mine: [mine]
-    from accelerate.utils import gather_object
-
-    from letit_dist.training.setup import create_accelerator
-
-    accelerator = create_accelerator(several_phases=False)
-    place = accelerator.process_index, accelerator.num_processes, str(accelerator.device)
-    return *place, lambda mine: gather_object([mine])
-
-
-def open_sides(args: argparse.Namespace, faithful: bool, device: str):
+def open_sides(args: argparse.Namespace, faithful: bool, device):
     """(A, B or the folder of its stored features)."""
     from letit_dist.evaluation.image_distances import faithfulness
     from letit_dist.evaluation.image_sets import TranslatedImages, open_image_set
@@ -122,24 +112,27 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {args.out} is a file, expected a folder")
     protocol = settle(args)
     from letit_dist.evaluation import features as of
-    from letit_dist.evaluation.extractors import open_extractor
-    from letit_dist.evaluation.fidelity import FidelityOptions, measure
+    from letit_dist.evaluation.extractors import UNVERIFIED, open_extractor
+    from letit_dist.evaluation.fidelity import FidelityOptions, measure, metrics_for
     from letit_dist.evaluation.report import write_lines
     from letit_dist.evaluation.weights import weights_folder
+    from letit_dist.training.setup import join_ranks
 
-    rank, world, device, gather = processes()
+    args.metrics = metrics_for(args.extractor, args.metrics)
+    rank, world, device, gather = join_ranks()
     a, b = open_sides(args, protocol is not None and protocol.faithfulness, device)
     stored = of.read_stored(b) if isinstance(b, Path) else None
     if stored and args.reference:
         raise UserError("--reference has no effect with B stored: leave it out")
     counts = len(a), len(stored or b)
     given = {name: getattr(args, name) for name in ("kid_subsets", "kid_subset_size", "equal_n")}
-    options = FidelityOptions(metrics=tuple(args.metrics), seeds=tuple(args.seeds), **given)
+    options = FidelityOptions(metrics=args.metrics, seeds=tuple(args.seeds), **given)
     options.check(*counts)
     if protocol:
         splits = a.split, None if stored else b.split
         protocol.check(sources=counts[0] // args.outputs, outputs=args.outputs, reference=counts[1], splits=splits)
     choice = {"layer": args.layer, "logits": "isc" in args.metrics, "random_weights": args.random_weights}
+    choice["sha256"] = args.weights_sha256
     extractor = open_extractor(args.extractor, folder=weights_folder(args.weights), **choice).to(device)
     if stored:
         of.check_alike(of.stamp_of(a, extractor), stored.stamp)
@@ -148,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     notices = [
         (a.stamp == (stored.stamp["data"] if stored else b.stamp), "both sides hold the same images"),
         (args.random_weights, "--random-weights: these numbers are valid for nothing"),
+        (extractor.stamp["weights"].startswith(UNVERIFIED), f"{extractor.stamp['weights']} are the weights: {HOW}"),
         (stored and args.reference, f"the features of B are those of {args.reference}"),
     ]
     for true, notice in notices if rank == 0 else ():

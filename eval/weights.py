@@ -5,7 +5,8 @@
     python eval/weights.py check                       # hash those that are here; code 1 if one is another file
     python eval/weights.py import ~/Downloads/*.pth    # recognised by their SHA-256, and copied to their place
 
-They lie in --weights DIR, or $LETIT_WEIGHTS, or ~/.cache/letit_dist/weights.
+Of DINOv2 and CLIP no hash is known here: put the files where `list` says, and compare what `check` finds with the
+publisher's page. They lie in --weights DIR, or $LETIT_WEIGHTS, or ~/.cache/letit_dist/weights.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [
             {
                 "key": file.key,
+                "file": file.name,
                 "here": "yes" if place_of(file, folder).is_file() else "no",
                 "for": file.purpose,
                 "address": file.address,
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     states = {file: state_of(file, folder) for file in FILES.values()}
     rows = [
-        {"key": file.key, "state": state, "expected": file.sha256[:16], "sha256": found[:16] or None}
+        {"key": file.key, "state": state, "expected": file.sha256[:16] or None, "sha256": found[:16] or None}
         for file, (state, found) in states.items()
     ]
     print(f"folder: {folder}\n{markdown(rows)}")

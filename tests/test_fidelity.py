@@ -608,7 +608,7 @@ def test_a_protocols_result_says_what_it_is_comparable_with():
     assert row["protocol"] == "clean" and "clean-fid" in row["comparable_with"] and row["headline"] is False
     assert clean.annotate({"metric": "fid_equal_n", "valid": True})["headline"] is True
     random = clean.annotate({"metric": "fid", "valid": False})
-    assert random["comparable_with"] == "nothing: the network's weights are random"
+    assert random["comparable_with"] == "nothing: the network's weights are random or unverified"
 
 
 def test_protocols_on_the_command_line(fruit_shards, tmp_path):

@@ -43,6 +43,7 @@ LIBRARY_HOMES = {
     "diffusers": {"autoencoders"},
     "gradio": {"demo"},
     "torch_fidelity": {"evaluation"},
+    "transformers": {"evaluation"},
 }
 
 

@@ -4,11 +4,13 @@ compat       torch-fidelity's Inception, resize and all
 clean        the same network behind an antialiased bicubic resize, as in clean-fid (2104.11222)
 pytorch-fid  the same network behind torch's bilinear resize, as in pytorch-fid
 torchvision  torchvision's Inception, trained anew on ImageNet, as StarGAN v2 uses it
+dinov2, clip transformers, with metrics of their own (vision_transformers.py)
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +22,20 @@ from torch import Tensor, nn
 
 from letit_dist import pretrained
 from letit_dist.errors import UserError
-from letit_dist.evaluation.weights import find_weights, read_state_dict
+from letit_dist.evaluation.vision_transformers import PUBLISHED, Published, build_from, build_random
+from letit_dist.evaluation.weights import FILES, find_weights, read_state_dict
 
-Kind = Literal["compat", "clean", "pytorch-fid", "torchvision"]
+Kind = Literal["compat", "clean", "pytorch-fid", "torchvision", "dinov2", "clip"]
 LAYERS = {"64": 64, "192": 192, "768": 768, "2048": 2048}  # of torch-fidelity's Inception, with their widths
 _SIDE = 299
+_RANDOM, UNVERIFIED = "random ", "unverified "  # before the digits of weights that make numbers valid for nothing
 
 RESIZES = {
     "compat": "bilinear to 299 as in TensorFlow 1, not antialiased",
     "clean": "bicubic to 299, antialiased, in float",
     "pytorch-fid": "bilinear to 299 by torch, not antialiased",
     "torchvision": "bilinear to 299, antialiased, rounded",
+    **{kind: published.resize for kind, published in PUBLISHED.items()},
 }
 
 
@@ -50,14 +55,29 @@ def _plain(pixels: Tensor) -> Tensor:
 
 
 def _imagenet(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return (resize_pixels(pixels, _SIDE).float() / 255 - mean) / std
+    return _standardised(resize_pixels(pixels, _SIDE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def resize_pixels(pixels: Tensor, side: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> uint8 (B, 3, side, side) by Pillow's antialiased bilinear filter, on the CPU."""
+def _as_published(pixels: Tensor, published: Published) -> Tensor:
+    """uint8 (B, 3, H, W) -> (B, 3, side, side)."""
+    if published.crop:
+        height, width = pixels.shape[2:]
+        least = min(height, width)
+        top, left = (height - least) // 2, (width - least) // 2
+        pixels = pixels[..., top : top + least, left : left + least]
+    resized = resize_pixels(pixels, published.side, Image.Resampling.BICUBIC)
+    return _standardised(resized, published.mean, published.std)
+
+
+def _standardised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    centre, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (pixels.float() / 255 - centre) / scale
+
+
+def resize_pixels(pixels: Tensor, side: int, by: Image.Resampling = Image.Resampling.BILINEAR) -> Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, side, side) by a filter of Pillow, all antialiased, on the CPU."""
     images = (Image.fromarray(p.permute(1, 2, 0).contiguous().numpy()) for p in pixels.cpu())
-    rows = [np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)) for image in images]
+    rows = [np.asarray(image.resize((side, side), by)) for image in images]
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -80,6 +100,8 @@ class Extractor(nn.Module):
 
     def _features(self, pixels: Tensor) -> dict[str, Tensor]:
         device = next(self.network.parameters()).device
+        if self.kind in PUBLISHED:
+            return {"features": self.network(_as_published(pixels, PUBLISHED[self.kind]).to(device))}
         if self.kind == "torchvision":
             return {"features": self._observe(self.network.avgpool, _imagenet(pixels).to(device)).flatten(1)}
         if self.kind == "compat":
@@ -113,34 +135,44 @@ def open_extractor(
     layer: str = "2048",
     logits: bool = False,
     random_weights: bool = False,
+    sha256: str | None = None,
 ) -> Extractor:
     """The extractor with the weights that `folder` holds, on the CPU.
 
-    `layer` is one of torch-fidelity's (64, 192, 768, 2048). With `random_weights` no file is read, and the stamp
-    says valid: false. Raises UserError for weights that are missing, damaged, or another network's.
+    `layer` is one of torch-fidelity's (64, 192, 768, 2048); the others have one. With `random_weights` no file is
+    read, and the stamp says valid: false. So it does for weights whose hash is not known here, unless `sha256` has its
+    first digits. Raises UserError for weights that are missing, damaged, or another network's.
     """
     if kind not in RESIZES:
         raise UserError(f"extractor {kind!r}, known: {', '.join(RESIZES)}")
-    if layer not in LAYERS or (kind == "torchvision" and layer != "2048"):
-        known = "2048" if kind == "torchvision" else ", ".join(LAYERS)
+    fidelity = kind in ("compat", "clean", "pytorch-fid")
+    if layer not in LAYERS or (layer != "2048" and not fidelity):
+        known = ", ".join(LAYERS) if fidelity else "2048" if kind == "torchvision" else "one alone: leave --layer out"
         raise UserError(f"layer {layer!r}, the extractor {kind} has {known}")
-    if kind == "torchvision" and logits:
+    if logits and not fidelity:
         raise UserError("the Inception score needs torch-fidelity's network: --extractor compat")
-    name = "inception-torchvision" if kind == "torchvision" else "inception-v3-compat"
-    network = _torchvision_network() if kind == "torchvision" else _fidelity_network(layer, logits)
+    if sha256 and random_weights:
+        raise UserError("--weights-sha256 and --random-weights exclude each other")
+    published = PUBLISHED.get(kind)
+    key = kind if published else "inception" if fidelity else "inception-torchvision"
+    path, digest = (None, "") if random_weights else find_weights(key, folder, sha256)
+    if published:
+        network = build_from(kind, read_state_dict(path), path) if path else build_random(kind)
+    else:
+        network = _fidelity_network(layer, logits) if fidelity else _torchvision_network()
+        if path:
+            load_network(network, path)
     if random_weights:
         _randomise(network)
-        weights = "random " + pretrained.tensors_fingerprint({}, network.state_dict())
+        weights = _RANDOM + pretrained.tensors_fingerprint({}, network.state_dict())
     else:
-        path, digest = find_weights("inception-torchvision" if kind == "torchvision" else "inception", folder)
-        load_network(network, path)
-        weights = digest[:16]
+        weights = ("" if sha256 or FILES[key].sha256 else UNVERIFIED) + digest[:16]
     stamp = {
-        "extractor": name,
-        "layer": layer,
+        "extractor": published.name if published else "inception-v3-compat" if fidelity else key,
+        "layer": published.layer if published else layer,
         "resize": RESIZES[kind],
         "weights": weights,
-        "valid": not random_weights,
+        "valid": not weights.startswith((_RANDOM, UNVERIFIED)),
     }
     return Extractor(kind, network, stamp)
 
@@ -186,7 +218,7 @@ def _torchvision_network() -> nn.Module:
 
 @torch.no_grad()
 def _randomise(network: nn.Module, *, seed: int = 0) -> None:
-    """He's initialisation, and batch norms calibrated on noise: a function of the seed.
+    """He's initialisation, and batch norms, if there are any, calibrated on noise: a function of the seed.
 
     With plainly random weights all images have nearly the same features, and any two sets a distance of 0.
     """
@@ -197,6 +229,8 @@ def _randomise(network: nn.Module, *, seed: int = 0) -> None:
             module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
             if module.bias is not None:
                 module.bias.zero_()
+    if not norms:
+        return
     momenta = [module.momentum for module in norms]
     for module in norms:
         module.reset_running_stats()

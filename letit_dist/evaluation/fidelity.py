@@ -1,10 +1,13 @@
-"""FID, KID, precision and recall, and the Inception score from features: torch-fidelity's kernels, honest counts."""
+"""FID, KID, precision and recall, and the Inception score from features: torch-fidelity's kernels, honest counts.
+
+Beside them the metrics of other networks: FD-DINOv2 (2306.04675) and CMMD (2401.09603).
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +16,32 @@ from torch import Tensor
 
 from letit_dist import rng
 from letit_dist.errors import UserError
+from letit_dist.evaluation.extractors import Kind
 from letit_dist.evaluation.features import Features, check_alike
 from letit_dist.evaluation.frechet import frechet_distance
 
-METRICS = ("fid", "kid", "prc", "isc")
+_INCEPTION = ("fid", "kid", "prc", "isc")
+# By kind of extractor, where it has not all of Inception's.
+METRICS_OF = {"torchvision": _INCEPTION[:3], "dinov2": ("fd_dinov2",), "clip": ("cmmd",)}
+METRICS = (*_INCEPTION, "fd_dinov2", "cmmd")
+_SIGMA, _SCALE = 10, 1000  # of CMMD
+_ROWS = 1024  # of a kernel that are made at once
 _FAITHFUL = ("l2_to_source", "psnr_to_source", "ssim_to_source")
+
+
+def metrics_for(kind: Kind, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The metrics asked for, or all that this extractor has; UserError for those of another."""
+    own = METRICS_OF.get(kind, _INCEPTION)
+    if other := [name for name in asked or () if name not in own]:
+        raise UserError(f"--metrics {' '.join(other)}: --extractor {kind} has {', '.join(own)}")
+    return tuple(asked or own)
 
 
 @dataclass(frozen=True)
 class FidelityOptions:
     """What to measure. `seed` is torch-fidelity's, of KID's subsets and IS's order; `seeds` those of equal counts."""
 
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = _INCEPTION
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     neighbours: int = 3  # of precision and recall
@@ -49,8 +66,8 @@ class FidelityOptions:
                 f"{found}: KID needs --kid-subset-size <= {min(n, least)}, got {self.kid_subset_size} (and another "
                 "subset size gives numbers that are comparable only among themselves)"
             )
-        if "fid" in self.metrics and least < 2:
-            problems.append(f"{found}: FID needs 2 a side")
+        if {"fid", "fd_dinov2"} & {*self.metrics} and least < 2:
+            problems.append(f"{found}: a Frechet distance needs 2 a side")
         if "prc" in self.metrics and least <= self.neighbours:
             problems.append(f"{found}: precision and recall need more than {self.neighbours} a side")
         if "isc" in self.metrics and a < self.splits:
@@ -60,7 +77,7 @@ class FidelityOptions:
 
 
 def fid(a: Tensor, b: Tensor) -> float:
-    """Frechet Inception distance of features (N, D) and (M, D): torch-fidelity's, or where a side has fewer than D
+    """Frechet (Inception) distance of features (N, D) and (M, D): torch-fidelity's, or where a side has fewer than D
     rows the same by `frechet_distance`, which then is many times faster."""
     if min(len(a), len(b)) < a.shape[1]:
         return frechet_distance(a, b)
@@ -76,6 +93,25 @@ def kid(a: Tensor, b: Tensor, *, subsets: int, subset_size: int, seed: int) -> t
 
     found = kid_features_to_metric(a, b, kid_subsets=subsets, kid_subset_size=subset_size, rng_seed=seed, verbose=False)
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+
+
+def cmmd(a: Tensor, b: Tensor) -> float:
+    """1000 times the squared maximum mean discrepancy of unit vectors (N, D) and (M, D), in float64 (2401.09603).
+
+    The kernel is exp(-|x - y|^2 / (2 * 10^2)), and the estimator the biased one that the published code has (Gretton
+    et al., JMLR 13, 2012, eq. 5): each vector is compared with itself too, so that two sets of one distribution are at
+    a distance that falls with their counts, and a set is at none from itself.
+    """
+    return _SCALE * float(_kernel_mean(a, a) + _kernel_mean(b, b) - 2 * _kernel_mean(a, b))
+
+
+def _kernel_mean(x: Tensor, y: Tensor) -> Tensor:
+    """Mean of kernel - 1 over all pairs: kernels are near 1, and what tells the sides apart are their last digits."""
+    y = y.double()
+    blocks = x.double().split(_ROWS)
+    squares = (block.square().sum(1)[:, None] + y.square().sum(1) - 2 * block @ y.t() for block in blocks)
+    total = sum(torch.expm1(square / (-2 * _SIGMA**2)).sum() for square in squares)
+    return total / (len(x) * len(y))
 
 
 def precision_recall(a: Tensor, b: Tensor, *, neighbours: int) -> tuple[float, float]:
@@ -110,8 +146,9 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """One row a metric, of the generated `a` against the real `b`; `extra` goes into every row.
 
-    FID and KID stand twice: of all images, and of equally many from both sides, as mean and standard deviation over
-    draws with each of `seeds`. Raises UserError for too few images and for features of different networks.
+    All but precision, recall and the Inception score stand twice: of all images, and of equally many from both sides,
+    as mean and standard deviation over draws with each of `seeds`. Raises UserError for too few images and for
+    features of different networks.
     """
     check_alike(a.stamp, b.stamp)
     options.check(len(a), len(b))
@@ -138,10 +175,11 @@ def measure(
         mean = statistics.fmean(values)
         return row(f"{metric}_equal_n", mean, begun, counts=[n, n], seeds=list(seeds), spread=spread, **more)
 
-    if "fid" in options.metrics:
-        begun = time.perf_counter()
-        yield row("fid", fid(a.values, b.values), begun)
-        yield equal("fid", lambda x, y, _: fid(x, y), seeded=False)
+    for metric, distance in (("fid", fid), ("fd_dinov2", fid), ("cmmd", cmmd)):
+        if metric in options.metrics:
+            begun = time.perf_counter()
+            yield row(metric, distance(a.values, b.values), begun)
+            yield equal(metric, lambda x, y, _, of=distance: of(x, y), seeded=False)
     if "kid" in options.metrics:
         begun, given = time.perf_counter(), {"subsets": options.kid_subsets, "subset_size": options.kid_subset_size}
         value, spread = kid(a.values, b.values, seed=options.seed, **given)

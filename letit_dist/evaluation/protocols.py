@@ -31,7 +31,7 @@ class ProtocolConfig(StrictConfig):
     outputs: Count = Field(description="translations of every source image")
     resize: Count | None = Field(description="side that all images are brought to first")
     extractor: Kind
-    metrics: tuple[Literal["fid", "kid", "prc", "isc"], ...]
+    metrics: tuple[Literal["fid", "kid", "prc", "isc", "fd_dinov2", "cmmd"], ...]
     kid: KidConfig = KidConfig()
     faithfulness: bool = Field(default=False, description="also L2, PSNR and SSIM to the source")
     equal_counts: bool = Field(default=False, description="the headline is that of equally many images a side")
@@ -69,7 +69,9 @@ class ProtocolConfig(StrictConfig):
             "headline": row["metric"].endswith("_equal_n") == self.equal_counts,
             "aggregation": self.aggregation,
             "checkpoint": self.checkpoint,
-            "comparable_with": self.comparable_with if row["valid"] else "nothing: the network's weights are random",
+            "comparable_with": self.comparable_with
+            if row["valid"]
+            else "nothing: the network's weights are random or unverified",
             "not_comparable": self.not_comparable,
         }
 

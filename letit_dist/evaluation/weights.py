@@ -1,7 +1,8 @@
 """The weight files that metrics need: what they are called, where to fetch them, and whether one is the right one.
 
 Nothing is downloaded. A name that carries the first digits of the file's SHA-256, as torch.hub's do, says which file
-is meant; what the folder holds under that name is hashed before it is used.
+is is meant; what the folder holds under that name is hashed before it is used. Of DINOv2 and CLIP no digits are known
+here: whoever uses them says which ones the publisher's page shows, or the numbers are valid for nothing.
 """
 
 from __future__ import annotations
@@ -26,27 +27,37 @@ ENVIRONMENT = "LETIT_WEIGHTS"
 _TORCHVISION = "https://download.pytorch.org/models"
 _FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 _LPIPS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
+_HUB = "https://huggingface.co"
+_FORMATS = ("model.safetensors", "pytorch_model.bin")
 
-State = Literal["good", "missing", "another"]
+State = Literal["good", "missing", "another", "unverified"]
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file. `sha256` holds its first hex digits."""
+    """One file. `sha256` holds its first hex digits, or nothing where they are not known here; `below` is the folder
+    in that of the weights where it lies."""
 
     key: str
     address: str
     sha256: str
     purpose: str
+    below: str = ""
 
     @property
     def name(self) -> str:
-        return self.address.rpartition("/")[2]
+        return self.below + self.address.rpartition("/")[2]
 
 
 def _named(key: str, address: str, purpose: str) -> WeightFile:
     """A file whose name ends in the first digits of its hash."""
     return WeightFile(key, address, re.search(r"-([0-9a-f]{8,})\.\w+$", address).group(1), purpose)
+
+
+def _on_hub(key: str, repository: str, file: str, purpose: str) -> WeightFile:
+    """A file of the Hugging Face Hub, where all of them are called alike."""
+    below = repository.rpartition("/")[2] + "/"
+    return WeightFile(key, f"{_HUB}/{repository}/resolve/main/{file}", "", purpose, below)
 
 
 FILES = {
@@ -61,6 +72,8 @@ FILES = {
         WeightFile("lpips-alex-head", f"{_LPIPS}/alex.pth", "df73285e35b22355", "LPIPS: linear head"),
         WeightFile("lpips-vgg-head", f"{_LPIPS}/vgg.pth", "a78928a0af1e5f0f", "LPIPS: linear head"),
         WeightFile("lpips-squeeze-head", f"{_LPIPS}/squeeze.pth", "4a5350f23600cb79", "LPIPS: linear head"),
+        _on_hub("dinov2", "facebook/dinov2-large", "model.safetensors", "FD-DINOv2"),
+        _on_hub("clip", "openai/clip-vit-large-patch14-336", "pytorch_model.bin", "CMMD"),
     )
 }
 
@@ -72,7 +85,10 @@ def weights_folder(given: str | Path | None = None) -> Path:
 
 
 def place_of(file: WeightFile, folder: Path) -> Path:
-    """Where this file is looked for; the heads of LPIPS lie in the package."""
+    """Where this file is looked for; the heads of LPIPS lie in the package, and the Hub has two formats."""
+    if file.below:
+        there = [path for name in _FORMATS if (path := folder / file.below / name).is_file()]
+        return there[0] if there else folder / file.name
     if not file.key.endswith("-head") or (folder / file.name).is_file():
         return folder / file.name
     from importlib.util import find_spec
@@ -87,6 +103,8 @@ def state_of(file: WeightFile, folder: Path) -> tuple[State, str]:
     if not path.is_file():
         return "missing", ""
     found = hash_file(path)
+    if not file.sha256:
+        return "unverified", found
     return ("good" if found.startswith(file.sha256) else "another"), found
 
 
@@ -99,16 +117,24 @@ def missing_line(key: str, folder: Path) -> str:
     )
 
 
-def find_weights(key: str, folder: Path) -> tuple[Path, str]:
-    """Path and SHA-256 of a file; UserError that says where to fetch it and where to put it, or what is wrong."""
+def find_weights(key: str, folder: Path, vouched: str | None = None) -> tuple[Path, str]:
+    """Path and SHA-256 of a file; UserError that says where to fetch it and where to put it, or what is wrong.
+
+    `vouched` are the first digits, from the publisher, of a hash that is not known here.
+    """
     file = FILES[key]
     state, found = state_of(file, folder)
     path = place_of(file, folder)
+    if vouched and file.sha256:
+        raise UserError(f"--weights-sha256: the hash of {file.name} is known and always checked; leave it out")
+    if vouched and not re.fullmatch(r"[0-9a-f]{8,64}", vouched):
+        raise UserError(f"--weights-sha256 {vouched}: expected 8 to 64 hex digits, those of {file.address}")
     if state == "missing":
         raise UserError(missing_line(key, folder))
-    if state == "another":
+    expected = file.sha256 or vouched or ""
+    if not found.startswith(expected):
         raise UserError(
-            f"{path}: its sha256 begins {found[: len(file.sha256)]}, that of {file.name} begins {file.sha256}: cut "
+            f"{path}: its sha256 begins {found[: len(expected)]}, that of {file.name} begins {expected}: cut "
             f"short, or another file; fetch {file.address} again"
         )
     return path, found
@@ -125,7 +151,7 @@ def import_weights(paths: Sequence[Path], folder: Path) -> list[str]:
             problems.append(f"no such file: {path}")
             continue
         digest = hash_file(path)
-        match = [file for file in FILES.values() if digest.startswith(file.sha256)]
+        match = [file for file in FILES.values() if file.sha256 and digest.startswith(file.sha256)]
         if match:
             wanted.append((path, match[0]))
             continue
