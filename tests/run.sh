@@ -6,11 +6,19 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 prepare_environment deepspeed,eval,dev
 
-select=(-m "not full")
+full=" and not full"
 arguments=()
 for argument in "$@"; do
-  if [ "$argument" = --full ]; then select=(); else arguments+=("$argument"); fi
+  if [ "$argument" = --full ]; then full=""; else arguments+=("$argument"); fi
 done
 python -m ruff check .
 python -m ruff format --check .
-exec python -m pytest "${select[@]}" "${arguments[@]}"
+if [ ${#arguments[@]} -gt 0 ]; then
+  if [ -n "$full" ]; then arguments+=(-m "not full"); fi
+  exec python -m pytest "${arguments[@]}"
+fi
+# Two files at a time on a thread each; then, alone, what starts ranks of its own and measures how they end.
+status=0
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not ranks$full" || status=$?
+python -m pytest -m "ranks$full" || status=$?
+exit $status

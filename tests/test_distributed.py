@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/debug/vqvae2.yaml"
 TINY = [

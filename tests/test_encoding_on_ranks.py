@@ -19,6 +19,8 @@ from letit_dist.data.latents import LatentSet
 from letit_dist.data.reader import ShardDataset
 from letit_dist.errors import UserError
 
+pytestmark = pytest.mark.ranks
+
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml"]
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from letit_dist.training.checkpoint import verify
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).parent.parent
 
 

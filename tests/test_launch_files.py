@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).parent.parent
 ACCELERATE = sorted((ROOT / "launch/accelerate").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "launch/deepspeed").glob("*.json"))

@@ -27,6 +27,8 @@ from letit_dist.config import ImagesConfig
 from letit_dist.training.feeds import ImageFeed
 from letit_dist.training.trainer import STOPPED
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(autouse=True)
 def harmless_signals():

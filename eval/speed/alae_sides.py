@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from speed.naive_alae import PHASES, NaiveALAE
 from torch import Tensor
 
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
@@ -19,6 +18,7 @@ from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.training.setup import create_accelerator, seed_weights
 from letit_dist.training.trainer import Trainer
+from speed.naive_alae import PHASES, NaiveALAE
 
 RATE, HALF_LIFE = 1.5e-3, 10_000.0  # as published
 

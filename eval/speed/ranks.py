@@ -24,9 +24,8 @@ def matches(args: argparse.Namespace) -> Iterator:
     without_effect(args, "bf16", "compile", "threads")
     import statistics
 
-    from speed.rank_speed import RankSpeed
-
     from letit_dist.evaluation.benchmark import Fact
+    from speed.rank_speed import RankSpeed
 
     with tempfile.TemporaryDirectory() as folder:
         speed = RankSpeed(Path(folder), args.config, args.launch, images=args.images, overrides=args.overrides)

@@ -20,10 +20,9 @@ def matches(args: argparse.Namespace) -> Iterator:
     """A checkpoint and a resume of each configuration."""
     at_least_one(args, "batch")
     without_effect(args, "bf16", "compile")
-    from speed.save_cost import save_cost
-
     from letit_dist.config import PretrainConfig, load_config
     from letit_dist.evaluation.benchmark import Fact
+    from speed.save_cost import save_cost
 
     shipped = [Path(f"configs/pretrain/{name}.yaml") for name in ("imagenet256_vqvae2", "ffhq1024_alae")]
     for path in args.configs or shipped:
