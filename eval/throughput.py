@@ -17,13 +17,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from speed import alae, data, energy, ranks, save
+from speed import alae, data, energy, ranks, save, vqvae2
 from speed.arguments import at_least_one
 
 from letit_dist.errors import UserError, reports_errors
 
 # name -> module with options(parser), and matches(args), a generator of its matches and facts
-BENCHMARKS = {module.__name__.removeprefix("speed."): module for module in (alae, data, energy, ranks, save)}
+BENCHMARKS = {module.__name__.removeprefix("speed."): module for module in (alae, data, energy, vqvae2, ranks, save)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

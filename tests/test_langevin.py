@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist import rng
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler, frozen
-from letit_dist.energy.models import Block, ConvEnergy, ConvEnergyConfig, MLPEnergyConfig, build_energy, swish
+from letit_dist.energy.models import Block, ConvEnergy, ConvEnergyConfig, MLPEnergyConfig, _pointwise, build_energy
 from letit_dist.energy.objective import contrastive_loss
 
 
@@ -68,6 +68,30 @@ def test_the_mlps_slope_is_that_of_autograd(start, layers, activation, unit):
     slope = mlp.slope()(start)
     assert slope.shape == start.shape and not slope.requires_grad
     torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-15)
+    descend = mlp.descent()
+    assert (descend is None) == (layers == 0)
+    if descend:
+        torch.testing.assert_close(descend(start, 0.7), start - 0.7 * expected, rtol=1e-12, atol=1e-15)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert mlp.descent() is None  # whose step would be in bfloat16
+
+
+@pytest.mark.parametrize("noise_scale", [0.0, 0.3])
+@pytest.mark.parametrize("conditions", [(), ("a", "b")])
+def test_without_the_shift_the_chain_is_the_same(noise_scale, conditions):
+    torch.manual_seed(0)
+    config = MLPEnergyConfig(hidden=12, latent_unit=1.7, condition_on="target" if conditions else None)
+    mlp = build_energy(config, (2, 3), conditions=conditions).double()
+    start = torch.randn(4, 2, 3, dtype=torch.float64)
+    condition = torch.tensor([0, 1, 1, 0]) if conditions else None
+    draws = torch.randn(9, 4, 2, 3, dtype=torch.float64)
+    chain = sampler(noise_scale=noise_scale)
+    given = {"noise": (lambda t: draws[t]) if noise_scale else None, "condition": condition, "keep_path": True}
+    full, short = (chain.sample(mlp, start, keep_shift=keep, **given) for keep in (True, False))
+    assert full.shift.abs().sum() > 0 and short.shift is None
+    torch.testing.assert_close(short.path, full.path, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(short.energies, full.energies, rtol=1e-12, atol=1e-14)
+    assert not short.latents.requires_grad and not torch.equal(short.latents, start)
 
 
 def test_quadratic_energy_shrinks_geometrically(start):
@@ -178,11 +202,11 @@ def without_unit(energy, latents):
     if not isinstance(energy, ConvEnergy):
         return energy.layers(latents.flatten(1)).squeeze(1)
     stem, blocks, (conv1, conv2, linear) = energy._effective()
-    x = F.conv2d(latents.contiguous(memory_format=torch.channels_last), *stem)
+    x = _pointwise(latents.contiguous(memory_format=torch.channels_last), *stem)
     for block in blocks:
         x = Block.run(x, *block)
-    x = swish(F.conv2d(swish(F.conv2d(x, *conv1, padding=1)), *conv2))
-    return F.conv2d(x, *linear).flatten()
+    x = F.silu(F.conv2d(F.silu(F.conv2d(x, *conv1, padding=1)), *conv2))
+    return _pointwise(x, *linear).flatten()
 
 
 # Randomness is explicit

@@ -171,7 +171,8 @@ class EnergySides:
         """One iteration of both in float32, from equal weights; a UserError where they are more than 1e-5 apart.
 
         Energies are measured in units of the largest, weights and averages in those of their tensor. Adam's first
-        step is the gradient's sign, so that weights are compared where their gradient is more than rounding.
+        step is the gradient's sign, so that weights are compared where their gradient is more than rounding: a
+        thousandth of the largest of its tensor, and a millionth of the largest of all.
         """
         with self._full_precision():
             loss, ended = self.naive.iteration(*self.latents)
@@ -188,7 +189,7 @@ class EnergySides:
         worst["weights"] = worst["averages"] = 0.0
         compared = total = 0
         for name, ours in self.recipe.energy.named_parameters():
-            clear = gradients[name] > TOLERANCE * largest
+            clear = gradients[name] > max(1e-3 * float(gradients[name].max()), 1e-6 * largest)
             compared, total = compared + int(clear.sum()), total + clear.numel()
             for kind, plain, other in (
                 ("weights", self.naive.weights[name], ours),

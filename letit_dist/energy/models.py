@@ -243,22 +243,13 @@ class MLPEnergy(EnergyModel):
 
         In closed form: a chain through narrow layers would spend its time in autograd's bookkeeping.
         """
-        *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in self.layers[::2]]
-        bend = _through_gelu if self.config.activation == "gelu" else _through_leaky_relu
+        first, inner = self._inner_slope(condition)
 
         @torch.no_grad()
         def run(latents: Tensor) -> Tensor:
-            x, inputs = latents.flatten(1), []
-            if self.unit != 1:
-                x = x / self.unit
-            for layer, (weight, bias) in enumerate(hidden, 1):
-                inputs.append(F.linear(x, weight, bias))
-                if layer < len(hidden):
-                    x = self.layers[1](inputs[-1])
-            # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
-            gradient = last if condition is None else last[condition]
-            for (weight, _), before in zip(reversed(hidden), reversed(inputs), strict=True):
-                gradient = bend(gradient, before) @ weight
+            gradient = inner(latents.flatten(1))
+            if self.config.layers:
+                gradient = gradient @ first
             if self.unit != 1:
                 gradient = gradient / self.unit
             if gradient.shape == latents.shape and gradient.dtype == latents.dtype:
@@ -266,6 +257,48 @@ class MLPEnergy(EnergyModel):
             return gradient.expand(len(latents), -1).reshape(latents.shape).to(latents.dtype)
 
         return run
+
+    def descent(self, condition: Tensor | None = None) -> Callable[[Tensor, float], Tensor] | None:
+        """(latents (B, *L), length) to latents - length * dE/dlatents, as `slope`; None where that has no use.
+
+        The last product of the slope and the step are one operation: narrow chains are bound by their number.
+        """
+        # Under autocast the step would be taken in the lower precision, with the whole path.
+        if not self.config.layers or torch.is_autocast_enabled(self.layers[0].weight.device.type):
+            return None
+        first, inner = self._inner_slope(condition)
+
+        @torch.no_grad()
+        def run(latents: Tensor, length: float) -> Tensor:
+            flat = latents.flatten(1)
+            return torch.addmm(flat, inner(flat), first, alpha=-length / self.unit).view_as(latents)
+
+        return run
+
+    def _inner_slope(self, condition: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The first layer's weight (h, L), and flat latents (B, L) to dE/d what that layer puts out (1 or B, h);
+        without hidden layers to the last layer's weight."""
+        *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in self.layers[::2]]
+        bend = _through_gelu if self.config.activation == "gelu" else _through_leaky_relu
+        # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
+        last = last if condition is None else last[condition]
+
+        def run(x: Tensor) -> Tensor:
+            inputs = []
+            if self.unit != 1:
+                x = x / self.unit
+            for layer, (weight, bias) in enumerate(hidden, 1):
+                inputs.append(F.linear(x, weight, bias))
+                if layer < len(hidden):
+                    x = self.layers[1](inputs[-1])
+            gradient = last
+            for layer in range(len(hidden) - 1, -1, -1):
+                gradient = bend(gradient, inputs[layer])
+                if layer:
+                    gradient = gradient @ hidden[layer][0]
+            return gradient
+
+        return (hidden[0][0] if hidden else last), run
 
 
 def _through_leaky_relu(gradient: Tensor, x: Tensor) -> Tensor:
@@ -292,9 +325,14 @@ class ConvEnergyConfig(EnergyConfig):
     attention: bool = Field(False, description="self-attention after the block from 16 to 8 pixels")
 
 
-def swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x) / 1.1: the published code's, whose slope is at most 1."""
-    return F.silu(x) / 1.1
+# The published code's swish is x * sigmoid(x) / 1.1, whose slope is at most 1. The division, and that of a residual sum
+# by sqrt(2), stand in the weights of the layers behind: maps are passed over once less.
+_SWISH = 1 / 1.1
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution as a product of matrices, which a map in channels_last is: (B, C, S, S) -> (B, C', S, S)."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class EqualConv2d(nn.Module):
@@ -309,23 +347,26 @@ class EqualConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.scale = math.sqrt(2 / (inputs * kernel**2))
 
-    def effective(self) -> Weights:
-        return (self.weight * self.scale).contiguous(memory_format=torch.channels_last), self.bias
+    def effective(self, scale: float = 1.0) -> Weights:
+        """What convolves, for an input that was left `scale` times too small."""
+        return (self.weight * (self.scale * scale)).contiguous(memory_format=torch.channels_last), self.bias
 
-    def effective_pooled(self) -> Weights:
+    def effective_pooled(self, scale: float = 1.0) -> Weights:
         """One convolution of stride 2 that equals this one followed by 2x2 average pooling.
 
         The average over four shifts of a k x k kernel is a (k+1) x (k+1) kernel: 16 products for each of a
         quarter of the pixels in place of 9 for each pixel.
         """
-        weight = self.weight * (self.scale / 4)
+        weight = self.weight * (self.scale / 4 * scale)
         weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
         weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
         return weight.contiguous(memory_format=torch.channels_last), self.bias
 
 
 class Block(nn.Module):
-    """Residual block that halves the side: (B, C, S, S) -> (B, C', S/2, S/2)."""
+    """Residual block that halves the side: (B, C, S, S) -> (B, C', S/2, S/2), the latter divided by `OUT`."""
+
+    OUT = _SWISH / math.sqrt(2)
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -333,15 +374,16 @@ class Block(nn.Module):
         self.conv2 = EqualConv2d(outputs, outputs, 3)
         self.skip = EqualConv2d(inputs, outputs, 1)
 
-    def effective(self) -> tuple[Weights, ...]:
-        return self.conv1.effective(), self.conv2.effective_pooled(), self.skip.effective()
+    def effective(self, scale: float) -> tuple[Weights, ...]:
+        weight, bias = self.skip.effective(scale / _SWISH)
+        return self.conv1.effective(scale), self.conv2.effective_pooled(_SWISH), (weight, bias / _SWISH)
 
     @staticmethod
     def run(x: Tensor, conv1: Weights, conv2: Weights, skip: Weights) -> Tensor:
-        y = swish(F.conv2d(x, *conv1, padding=1))
-        y = swish(F.conv2d(y, *conv2, stride=2, padding=1))
+        y = F.silu(F.conv2d(x, *conv1, padding=1))
+        y = F.silu(F.conv2d(y, *conv2, stride=2, padding=1))
         # A 1x1 convolution and pooling commute; pooling first leaves a quarter of the products.
-        return (y + F.conv2d(F.avg_pool2d(x, 2), *skip)) / math.sqrt(2)
+        return y + _pointwise(F.avg_pool2d(x, 2), *skip)
 
 
 class SelfAttention(nn.Module):
@@ -398,19 +440,26 @@ class ConvEnergy(EnergyModel):
         return channels if size >= 64 else min(channels, 512)
 
     def _effective(self) -> tuple[Weights, list[tuple[Weights, ...]], tuple[Weights, ...]]:
-        head = (self.conv1.effective(), self.conv2.effective(), self.linear.effective())
-        return self.stem.effective(), [block.effective() for block in self.blocks], head
+        scale, blocks = 1.0, []
+        for number, block in enumerate(self.blocks):
+            blocks.append(block.effective(scale))
+            scale = 1.0 if self._attends_after(number) else Block.OUT
+        head = (self.conv1.effective(scale), self.conv2.effective(_SWISH), self.linear.effective(_SWISH))
+        return self.stem.effective(1 / self.unit), blocks, head
+
+    def _attends_after(self, number: int) -> bool:
+        return self.attention is not None and number == len(self.blocks) - 2  # at 8 pixels
 
     def _run(self, latents: Tensor, effective: tuple, condition: Tensor | None) -> Tensor:
         stem, blocks, (conv1, conv2, linear) = effective
-        x = F.conv2d((latents / self.unit).contiguous(memory_format=torch.channels_last), *stem)
+        x = _pointwise(latents.contiguous(memory_format=torch.channels_last), *stem)
         for i, block in enumerate(blocks):
             x = Block.run(x, *block)
-            if self.attention is not None and i == len(blocks) - 2:
-                x = self.attention(x)  # at 8 pixels
-        x = swish(F.conv2d(x, *conv1, padding=1))
-        x = swish(F.conv2d(x, *conv2))  # (B, C, 4, 4) -> (B, C, 1, 1)
-        return self._chosen(F.conv2d(x, *linear).flatten(1), condition)  # (B, conditions, 1, 1) -> (B,)
+            if self._attends_after(i):
+                x = self.attention(x * Block.OUT)
+        x = F.silu(F.conv2d(x, *conv1, padding=1))
+        x = F.silu(F.conv2d(x, *conv2))  # (B, C, 4, 4) -> (B, C, 1, 1)
+        return self._chosen(_pointwise(x, *linear).flatten(1), condition)  # (B, conditions, 1, 1) -> (B,)
 
     def forward(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
         return self._run(latents, self._effective(), condition)

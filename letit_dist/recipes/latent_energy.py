@@ -111,6 +111,7 @@ class LatentEnergyRecipe(Recipe):
             start,
             noise=noise if self.config.langevin.noise_scale > 0 else None,
             condition=self.condition(batch),
+            keep_shift=False,
         )
 
     def step(self, phase: str, batch: Batch) -> StepResult:

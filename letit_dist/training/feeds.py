@@ -126,6 +126,9 @@ class LatentFeed:
     def _batch(self, item: PairBatch, seen: int, batch: int) -> Batch:
         data = {}
         for side, (name, rows) in enumerate((("source", item.source), ("target", item.target))):
+            if not self.every_way:
+                data |= {f"{name}.{field}": values for field, values in self.domains[side].take(rows).items()}
+                continue
             domain = torch.tensor([pair[side] for pair in self.pairs])[item.pair]
             data |= {f"{name}.{field}": values for field, values in self._take(domain, rows).items()}
         if self.every_way:

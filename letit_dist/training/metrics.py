@@ -21,9 +21,13 @@ class Means:
 
     def add(self, metrics: dict[str, Tensor | float], weight: float = 1.0) -> None:
         """Add one value a name, each counting `weight` times."""
-        for name, value in metrics.items():
-            value = torch.as_tensor(value, device=self.device).detach().double()
-            self._sums[name] = self._sums.get(name, 0) + value * weight
+        if not metrics:
+            return
+        # All at once: beside a small network the operations on single numbers would be most of a step.
+        values = [torch.as_tensor(value, device=self.device).detach().double() for value in metrics.values()]
+        added = (torch.stack(values) * weight).unbind()
+        for name, value in zip(metrics, added, strict=True):
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0.0) + weight
 
     def synchronise(self) -> None:

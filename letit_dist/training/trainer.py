@@ -103,7 +103,7 @@ class Trainer:
             )
         self.groups = recipe.parameter_groups()
         optimizer = build_optimizer(self.groups, recipe.config.optimizer)
-        self.model, self.optimizer = accelerator.prepare(recipe, optimizer)
+        self.model, _ = accelerator.prepare(recipe, optimizer)
         # accelerate's and DeepSpeed's wrappers keep the dicts of these groups; flags and rates are set here.
         self.base_optimizer = optimizer
         self.state = TrainingState(self.model, recipe, optimizer)
@@ -188,7 +188,8 @@ class Trainer:
         require_gradients(self.groups, names)
         parts = batch.split(self.plan.microbatch)
         if not self.deepspeed:
-            self.optimizer.zero_grad(set_to_none=True)
+            # Not accelerate's wrapper, which looks through the installed packages in every call.
+            self.base_optimizer.zero_grad(set_to_none=True)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._gradients_shared(last):
@@ -198,7 +199,7 @@ class Trainer:
             name = "loss" if len(self.recipe.phases) == 1 else f"loss_{phase.name}"
             self.means.add({name: result.loss, **result.metrics}, weight=part.size)
         if not self.deepspeed:
-            self.optimizer.step()
+            self.base_optimizer.step()
 
     @property
     def plan(self) -> BatchPlan:
