@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from letit_dist import pretrained
 from letit_dist.errors import UserError
-from letit_dist.evaluation.vision_transformers import PUBLISHED, Published, build_from, build_random
+from letit_dist.evaluation.vision_transformers import PUBLISHED, Published, build_from, build_random, check_installed
 from letit_dist.evaluation.weights import FILES, find_weights, read_state_dict
 
 Kind = Literal["compat", "clean", "pytorch-fid", "torchvision", "dinov2", "clip"]
@@ -155,13 +155,16 @@ def open_extractor(
         raise UserError("--weights-sha256 and --random-weights exclude each other")
     published = PUBLISHED.get(kind)
     key = kind if published else "inception" if fidelity else "inception-torchvision"
+    # A missing package is said before anybody fetches weights for it.
+    if published:
+        check_installed(kind)
+    else:
+        network = _fidelity_network(layer, logits) if fidelity else _torchvision_network()
     path, digest = (None, "") if random_weights else find_weights(key, folder, sha256)
     if published:
         network = build_from(kind, read_state_dict(path), path) if path else build_random(kind)
-    else:
-        network = _fidelity_network(layer, logits) if fidelity else _torchvision_network()
-        if path:
-            load_network(network, path)
+    elif path:
+        load_network(network, path)
     if random_weights:
         _randomise(network)
         weights = _RANDOM + pretrained.tensors_fingerprint({}, network.state_dict())

@@ -123,11 +123,17 @@ def build_from(kind: str, tensors: Mapping[str, Tensor], where: object) -> Visio
     return whole
 
 
-def _classes(kind: str, sizes: Mapping[str, Any]) -> tuple[Any, Any]:
+def check_installed(kind: str) -> None:
+    """UserError unless the library that has these networks is there."""
     try:
-        import transformers
+        import transformers  # noqa: F401
     except ImportError:
         raise UserError(f"--extractor {kind} needs the package transformers: pip install 'letit_dist[eval]'") from None
+
+
+def _classes(kind: str, sizes: Mapping[str, Any]) -> tuple[Any, Any]:
+    import transformers
+
     names = {"dinov2": ("Dinov2Model", "Dinov2Config"), "clip": ("CLIPVisionModelWithProjection", "CLIPVisionConfig")}
     model, config = (getattr(transformers, name) for name in names[kind])
     # One formula on every device: what torch fuses depends on it.
