@@ -103,10 +103,11 @@ def test_every_shipped_deepspeed_file_is_ddp(tmp_path, jobs, recipe):
     pytest.importorskip("deepspeed")
     text = (ROOT / "launch/accelerate/deepspeed_cpu2.yaml").read_text()
     assert "launch/deepspeed/zero1.json" in text
-    ddp = jobs[recipe].start(tmp_path / "ddp", "training.microbatch=2", yaml="launch/accelerate/cpu2.yaml")
+    # With a small eps, Adam makes whole steps of gradients that are nothing but the rounding of another order of sums.
+    options = ("training.microbatch=2", "recipe.optimizer.eps=1e-3")
+    ddp = jobs[recipe].start(tmp_path / "ddp", *options, yaml="launch/accelerate/cpu2.yaml")
     for name in ALLOWED[recipe]:
         yaml = tmp_path / f"{name}.yaml"
         yaml.write_text(text.replace("launch/deepspeed/zero1.json", f"launch/deepspeed/{name}.json"))
-        found = jobs[recipe].start(tmp_path / name, "training.microbatch=2", yaml=yaml)
-        # Twenty steps of Adam on float32 sums of another order.
-        assert_equal(ddp, found, ("model", "average"), rtol=1e-4, atol=1e-5)
+        found = jobs[recipe].start(tmp_path / name, *options, yaml=yaml)
+        assert_equal(ddp, found, ("model", "average", "optimizer"), rtol=1e-4, atol=1e-6)
