@@ -139,7 +139,7 @@ def test_a_direction_is_measured_as_fidelity_does(chain, config, shallow, tmp_pa
     )
     record = [json.loads(line) for line in (tmp_path / "out/measured.jsonl").read_text().splitlines()]
     assert [row["metric"] for row in record] == ["fid", "fid_equal_n"] and record[0]["protocol"] == "tiny"
-    assert record[0]["comparable_with"] == "nothing: the network's weights are random"
+    assert record[0]["comparable_with"] == "nothing: the network's weights are random or unverified"
     assert not list((tmp_path / "out").glob(".features*"))
     # The other direction is added, the first one is not measured again.
     seen = []
