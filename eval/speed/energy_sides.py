@@ -199,7 +199,7 @@ class EnergySides:
         for kind, found in worst.items():
             if not found <= TOLERANCE:
                 raise UserError(f"the two sides disagree: {kind} by {found:.2g}, allowed are {TOLERANCE:g}")
-        if compared < 0.9 * total:
+        if compared < 0.5 * total:
             raise UserError(f"only {compared} of {total} weights have a gradient that is more than rounding")
         return ", ".join(f"{kind} {found:.0e}" for kind, found in worst.items())
 

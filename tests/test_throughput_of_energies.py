@@ -1,0 +1,127 @@
+"""eval/throughput.py energy and vqvae2: what they set against each other, and what they refuse."""
+
+import re
+import sys
+
+import pytest
+import torch
+from programs import ROOT, run
+
+from letit_dist.autoencoders.alae import ALAE, ALAEConfig
+from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
+from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig
+from letit_dist.errors import UserError
+
+sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there
+
+from speed.energy_sides import Chain, EnergySides
+from speed.vqvae2_sides import Vqvae2Sides
+
+THROUGHPUT = "eval/throughput.py"
+
+
+@pytest.fixture
+def energy_sides(fresh_accelerate, tmp_path):
+    def build(kind: str, frozen: bool = True) -> EnergySides:
+        fresh_accelerate()
+        torch.manual_seed(0)
+        if kind == "mlp":
+            small = ALAEConfig(resolution=16, start_channels=4, max_channels=8, latent_dim=16, mapping_layers=2)
+            return EnergySides(Chain(MLPEnergyConfig(hidden=24), 4, 3, 0.2), ALAE(small), tmp_path, frozen=frozen)
+        small = VQVAE2Config(resolution=64, channels=8, residual_channels=4, code_dim=4, codes=16)
+        return EnergySides(Chain(ConvEnergyConfig(), 2, 3, 2.0), VQVAE2(small), tmp_path, frozen=frozen)
+
+    return build
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_an_iteration_of_an_energy_is_the_published_one(energy_sides, kind, frozen):
+    sides = energy_sides(kind, frozen)
+    found = dict(re.findall(r"(\w+) (\de[-+]\d+)", sides.agree()))
+    assert set(found) == {"chains", "energies", "weights", "averages"}
+    ours, naive = dict(sides.recipe.energy.named_parameters()), sides.naive.weights
+    start = {name: value.clone() for name, value in ours.items()}
+    sides.our_side.run()
+    sides.naive_side(encoding=True).run()
+    moving = [name for name in ours if name not in ("linear.bias", "layers.2.bias")]  # the last cancels in the loss
+    assert all((ours[name] != start[name]).any() for name in moving)
+    assert all(torch.isfinite(value).all() for value in naive.values())
+
+
+def wrong_step(naive):
+    naive.step_size *= 1.01
+
+
+def wrong_average(naive):
+    naive.decay = 0.5
+
+
+def wrong_rate(naive):
+    naive.optimizer.param_groups[0]["lr"] *= 1.01
+
+
+def wrong_bias(naive):
+    with torch.no_grad():
+        next(weight for name, weight in naive.weights.items() if name.endswith("bias")).add_(0.01)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [(wrong_step, "chains"), (wrong_average, "averages"), (wrong_rate, "weights"), (wrong_bias, "chains|energies")],
+)
+def test_a_wrong_formula_of_an_energy_is_seen(energy_sides, fault, kind):
+    sides = energy_sides("conv")
+    fault(sides.naive)
+    with pytest.raises(UserError, match=f"the two sides disagree: ({kind}) by"):
+        sides.agree()
+
+
+def test_energies(tmp_path):
+    done = run(
+        *(THROUGHPUT, "energy", "--width", "tiny", "--resolution", 32, "--batch", 2, "--steps", 2, "--repeats", 2),
+        *("--threads", 1, "--out", tmp_path),
+    )
+    assert done.code == 0, done.err
+    rows = [line.split("|")[1].strip() for line in done.out.splitlines() if line.startswith("| ")][2:]
+    expected = [[kind, f"{kind}, encoding", f"{kind}, all gradients"] for kind in ("alae", "beta_vae", "vqvae2")]
+    assert rows == [name for names in expected for name in names]
+    assert "at least 500" in done.out and re.search(r"share of the matrix rate: \d+% of \d+ GFLOP/s", done.out)
+    assert next(tmp_path.glob("*-energy.md")).exists()
+
+
+def test_no_compiler_for_energies():
+    done = run(THROUGHPUT, "energy", "--compile")
+    assert done.code == 2 and "--compile has no effect on energy: leave it out" in done.err
+    done = run(THROUGHPUT, "energy", "--steps", 0)
+    assert done.code == 2 and "--steps 0: must be at least 1" in done.err
+
+
+@pytest.fixture
+def vqvae2_sides(fresh_accelerate, tmp_path):
+    fresh_accelerate()
+    config = VQVAE2Config(resolution=32, channels=8, residual_channels=4, code_dim=4, codes=16)
+    return Vqvae2Sides(config, batch=2, run=tmp_path, precision="fp64")
+
+
+def test_an_iteration_of_vqvae2_is_the_published_one(vqvae2_sides):
+    for _ in range(2):  # the second one with moments and a codebook of the first
+        found = vqvae2_sides.compare(1e-9)
+    assert set(found) == {"loss", "weights", "codebooks"}
+
+
+@pytest.mark.parametrize("kind", ["weights", "codebooks"])
+def test_a_wrong_formula_of_vqvae2_is_seen(vqvae2_sides, kind):
+    naive = vqvae2_sides.naive
+    if kind == "weights":
+        naive.optimizer.param_groups[0]["lr"] *= 1.01
+    else:
+        naive.books["top_quantizer.cluster_size"] += 0.01
+    with pytest.raises(UserError, match=f"the two sides disagree: {kind} by"):
+        vqvae2_sides.compare(1e-9)
+
+
+def test_vqvae2(tmp_path):
+    done = run(THROUGHPUT, "vqvae2", "--resolution", 16, 32, "--channels", 8, "--batch", 2, "--repeats", 2)
+    assert done.code == 0, done.err
+    assert re.search(r"\| 32 pixels .*at least 1.5 .*float64: loss .*; float32: loss", done.out)
