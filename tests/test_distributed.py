@@ -237,11 +237,11 @@ def test_two_ranks_equal_one_over_the_phases_and_levels_of_alae(tmp_path, fruit_
     assert model["autoencoder.w_mean"].std() > 0 and model["autoencoder.w_mean"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), 2])
-def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, stage):
+@pytest.mark.parametrize("file", [*(pytest.param(n, marks=pytest.mark.full) for n in DEEPSPEED[:2]), "ffhq1024"])
+def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, file):
     """Two ranks, growing and accumulating; then continued from mid-growth, equal to itself."""
     pytest.importorskip("deepspeed")
-    yaml = under({1: "zero1", 2: "ffhq1024"}[stage], tmp_path)
+    yaml = under(file, tmp_path)
     options = (fruit_shards, "fp32", "4,2,2,1")
     started(launch_tiny_alae(tmp_path / "ddp", *options, "launch/accelerate/cpu2.yaml"))
     started(launch_tiny_alae(tmp_path / "ds", *options, yaml))
