@@ -38,7 +38,10 @@ class SaveCost:
 def save_cost(config: PretrainConfig, run: Path, *, count: int, repeats: int) -> SaveCost:
     """Medians over `repeats`, with all state of the last level, on batches of `count` random images."""
     levels = config.recipe.levels(config.autoencoder)
-    training = config.training.model_copy(update={"batch": count, "microbatch": None})
+    changes: dict = {"batch": count, "microbatch": None}
+    if not torch.cuda.is_available() and config.training.precision == "bf16":
+        changes["precision"] = "fp32"  # most processors crawl in bfloat16, and a checkpoint is the same
+    training = config.training.model_copy(update=changes)
     seed_weights(training.seed)
 
     def trainer() -> Trainer:
