@@ -57,7 +57,7 @@ def test_operations_are_those_of_the_layers():
 
     ((cost,),) = step_costs(build, config, config.recipe.levels(config.autoencoder))
     made = build()
-    assert cost.gradients == 4 * sum(p.numel() for p in made.parameters())
+    assert cost.gradients == cost.needed == 4 * sum(p.numel() for p in made.parameters())
     counted = []
 
     def count(module, inputs, output):
@@ -74,8 +74,27 @@ def test_operations_are_those_of_the_layers():
     assert cost.operations == 3 * sum(counted) - counted[0]
 
 
+def test_what_a_phase_needs_of_the_gradients():
+    """At the top level, the discriminator's phase: the encoder but for the other levels' entries, and the critic."""
+    small = ("autoencoder.resolution=16", "autoencoder.max_channels=8", "autoencoder.latent_dim=8")
+    small += ("recipe.growth=null", "training.batch=8", "recipe.optimizer.learning_rate=1e-3")
+    config = load_config(PretrainConfig, "configs/debug/alae.yaml", small)
+
+    def build():
+        return RECIPES.get("alae")(config.recipe, build_autoencoder(config.autoencoder), seed=0, precision="fp32")
+
+    (costs,) = step_costs(build, config, config.recipe.levels(config.autoencoder))
+    made = build()
+    network = made.autoencoder
+    *unused, _ = network.encoder.from_rgb
+    expected = [*network.encoder.parameters(), *network.critic.parameters()]
+    count = sum(p.numel() for p in expected) - sum(p.numel() for layer in unused for p in layer.parameters())
+    assert costs[0].name == "discriminator" and costs[0].needed == 4 * count
+    assert costs[0].needed < costs[2].needed < costs[0].gradients == 4 * sum(p.numel() for p in made.parameters())
+
+
 def test_efficiency_by_hand():
-    costs = [PhaseCost("one", 1e12, 400), PhaseCost("two", 1e12, 400)]
+    costs = [PhaseCost("one", 1e12, 400, 100), PhaseCost("two", 1e12, 400, 400)]
     cluster = Cluster(operations=1e13, inside=100.0, between=10.0, machine=4, latency=0.5)
     alone = efficiency(costs, 8, 1, cluster)
     assert (alone.images, alone.compute, alone.exchange, alone.worst, alone.best) == (8, 1.6, 0.0, 1.0, 1.0)

@@ -30,7 +30,8 @@ class LangevinConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class LangevinResult:
-    """A finished chain, detached. `path` and `energies` are there if they were asked for, `shift` unless it was not."""
+    """A finished chain, detached. `path` and `energies` are there if they were asked for; `shift` is, unless
+    `keep_shift` was off."""
 
     latents: Tensor  # (B, *L), z(T)
     shift: Tensor | None  # (B, *L), sum over t of |dE/du|, u = z / unit: the code shift of section 4.2

@@ -34,6 +34,7 @@ class PhaseCost:
     name: str
     operations: float  # an image, forward and backward: a multiplication with its addition counts as two
     gradients: int  # bytes of the gradients that ranks exchange, once a step
+    needed: int  # bytes of those that the phase's optimiser step reads
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def step_costs(build: Callable[[], Recipe], config: PretrainConfig, levels: Sequ
         recipe = build()
     recipe.eval()  # codebook statistics read numbers, and there are none
     wide = 8 if config.training.precision == "fp64" else 4
+    groups = [(group.name, wide * sum(p.numel() for p in group.parameters)) for group in recipe.parameter_groups()]
     # DDP exchanges the gradients of everything it wraps; those of networks outside a phase as zeros.
-    gradients = wide * sum(parameter.numel() for parameter in recipe.parameters())
+    gradients = sum(size for _, size in groups)
     costs = []
     for level in levels:
         side = level.resolution or config.autoencoder.resolution
@@ -93,7 +95,10 @@ def step_costs(build: Callable[[], Recipe], config: PretrainConfig, levels: Sequ
             with mode, _Operations() as counter:
                 recipe(phase.name, batch).loss.backward()
             recipe.zero_grad(set_to_none=True)
-            costs[-1].append(PhaseCost(phase.name, counter.total / _COUNTED / phase.every, gradients // phase.every))
+            active = recipe.active_groups(phase, level.start)
+            needed = sum(size for name, size in groups if name in active)
+            operations = counter.total / _COUNTED / phase.every
+            costs[-1].append(PhaseCost(phase.name, operations, gradients // phase.every, needed // phase.every))
     return costs
 
 

@@ -53,10 +53,7 @@ class TrainingState:
                 lazy_init_hp_params_optimizer_state(parameters, flat, self.zero.optimizer.state)
             for slot, value in sorted(slots.items()):
                 for parameter in parameters:
-                    if value.shape == flat.shape and slot != "step":
-                        full = safe_get_full_optimizer_state(parameter, slot)
-                    else:
-                        full = torch.as_tensor(value, dtype=torch.float32)
+                    full = value if slot == "step" else safe_get_full_optimizer_state(parameter, slot)
                     if keep:
                         found[f"{slot}/{names[parameter]}"] = full.cpu().clone()
         return found
@@ -78,10 +75,13 @@ class TrainingState:
         state.clear()
         slots = sorted({key.partition("/")[0] for key in tensors})
         for parameters, flat in self._groups():
-            # A group that never moved has no state; one that did has all slots for each of its parameters.
-            for slot in slots if f"{slots[0]}/{names[parameters[0]]}" in tensors else ():
+            # A group that never moved has no state; one that did has the same slots for each of its parameters.
+            for slot in slots:
+                first = tensors.get(f"{slot}/{names[parameters[0]]}")
+                if first is None:
+                    continue
                 if slot == "step":
-                    state[flat][slot] = tensors[f"{slot}/{names[parameters[0]]}"].clone()
+                    state[flat][slot] = first.clone()
                     continue
                 state[flat][slot] = torch.zeros_like(flat)
                 for parameter in parameters:
