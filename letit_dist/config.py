@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -23,9 +23,13 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from letit_dist.errors import UserError
-from letit_dist.registry import AUTOENCODERS, ENERGIES, RECIPES, Registry
+from letit_dist.registry import AUTOENCODERS, ENERGIES, RECIPES, M, Registry
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class StrictConfig(BaseModel):
@@ -37,27 +41,29 @@ class StrictConfig(BaseModel):
 class Kind:
     """Annotation of a section whose schema is the `config_class` of the kind it names."""
 
-    def __init__(self, registry: Registry):
+    def __init__(self, registry: Registry[Any, Any]):
         self.registry = registry
 
 
 T = TypeVar("T")
-Autoencoder = Annotated[SerializeAsAny[StrictConfig], Kind(AUTOENCODERS)]
-Energy = Annotated[SerializeAsAny[StrictConfig], Kind(ENERGIES)]
-Recipe = Annotated[SerializeAsAny[StrictConfig], Kind(RECIPES)]
-
+# What a section holds once it is loaded, for a type checker; those modules import torch.
+if TYPE_CHECKING:
+    from letit_dist.autoencoders.base import AutoencoderConfig as Autoencoder
+    from letit_dist.energy.models import EnergyConfig as Energy
+    from letit_dist.recipes.base import RecipeConfig as Recipe
+else:
+    Autoencoder = Annotated[SerializeAsAny[StrictConfig], Kind(AUTOENCODERS)]
+    Energy = Annotated[SerializeAsAny[StrictConfig], Kind(ENERGIES)]
+    Recipe = Annotated[SerializeAsAny[StrictConfig], Kind(RECIPES)]
 
 Count = Annotated[int, Field(gt=0)]
-# Names of the two forms of `one_or_many`, left out of the keys in messages.
+# Names of the two forms of `OneOrMany`, left out of the keys in messages.
 _ONE, _MANY = "a value", "a list"
-
-
-def one_or_many(kind: Any) -> Any:
-    """The type of a setting that is one `kind`, or one for each level of a growing network."""
-    return Annotated[
-        Annotated[kind, Tag(_ONE)] | Annotated[tuple[kind, ...], Tag(_MANY)],
-        Discriminator(lambda value: _MANY if isinstance(value, (list, tuple)) else _ONE),
-    ]
+# The type of a setting that is one value, or one for each level of a growing network.
+OneOrMany = Annotated[
+    Annotated[T, Tag(_ONE)] | Annotated[tuple[T, ...], Tag(_MANY)],
+    Discriminator(lambda value: _MANY if isinstance(value, (list, tuple)) else _ONE),
+]
 
 
 def by_level(value: T | tuple[T, ...], levels: int, key: str) -> list[T]:
@@ -77,10 +83,10 @@ class TrainingConfig(StrictConfig):
     """How long and how: every count is in images, so that no number depends on the machine."""
 
     images: int = Field(gt=0, description="length of the run, in images")
-    batch: one_or_many(Count) = Field(
+    batch: OneOrMany[Count] = Field(
         description="images a step over all ranks; a list has one for each level of a growing network"
     )
-    microbatch: one_or_many(Count) | None = Field(
+    microbatch: OneOrMany[Count] | None = Field(
         None,
         description="images a rank pushes through at once, at most (memory only, never the result); null = all; "
         "a list as for batch",
@@ -168,7 +174,7 @@ class LatentsConfig(StrictConfig):
     @property
     def folders(self) -> tuple[str, ...]:
         """All of them: source and target, or the domains."""
-        return self.domains or (self.source, self.target)
+        return self.domains or tuple(folder for folder in (self.source, self.target) if folder is not None)
 
 
 class PretrainConfig(StrictConfig):
@@ -212,7 +218,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which a repeated key is an error and 1e-4 is a number."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
         if key_node.value in seen:
@@ -314,7 +320,7 @@ def _place(origins: Origins, at: tuple[str, ...]) -> str:
     return ""
 
 
-def _kind_of(field: Any) -> Registry | None:
+def _kind_of(field: FieldInfo) -> Registry[Any, Any] | None:
     return next((m.registry for m in field.metadata if isinstance(m, Kind)), None)
 
 
@@ -331,7 +337,7 @@ def _schema_at(schema: type[StrictConfig], path: tuple[str, ...]) -> type[Strict
     return schema
 
 
-def _describe(error: dict, schema: type[StrictConfig], at: tuple[str, ...]) -> str:
+def _describe(error: ErrorDetails, schema: type[StrictConfig], at: tuple[str, ...]) -> str:
     names = tuple(str(part) for part in error["loc"] if part not in (_ONE, _MANY))
     key = ".".join((*at, *names))
     if error["type"] == "extra_forbidden":
@@ -363,7 +369,7 @@ def _validate(schema: type[C], tree: Any, origins: Origins, problems: list[str],
             problems.append(f"{_place(origins, where)}{'.'.join(where)}: needs a `kind` (one of {known})")
             continue
         try:
-            section_schema = registry.get(section["kind"]).config_class
+            section_schema = registry.schema(section["kind"])
         except UserError as error:
             problems.append(f"{_place(origins, (*where, 'kind'))}{'.'.join(where)}.kind: {error}")
             continue
@@ -402,12 +408,12 @@ def parse_config(schema: type[C], tree: Tree, origins: Origins | None = None, *,
     return config
 
 
-def parse_kind(registry: Registry, tree: Tree, where: str) -> Any:
+def parse_kind(registry: Registry[M, C], tree: Tree, where: str) -> C:
     """Validate one section whose schema is chosen by its `kind`; `where` names its file in messages."""
     kind = tree.get("kind")
     if kind is None:
         raise UserError(f"{where}: no `kind`, so this is not the config of a letit_dist {registry.noun}")
-    return parse_config(registry.get(kind).config_class, tree, where=where)
+    return parse_config(registry.schema(kind), tree, where=where)
 
 
 def as_tree(config: StrictConfig) -> Tree:

@@ -7,6 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class UserError(Exception):
@@ -19,12 +22,12 @@ def _let_others_speak() -> None:
         time.sleep(1.0)
 
 
-def reports_errors(main: Callable[..., int | None]) -> Callable[..., int]:
+def reports_errors(main: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap a program's `main`: a `UserError` becomes lines on stderr and exit code 2, without a traceback;
     Ctrl-C where nothing else answers it becomes exit code 130."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> int:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:

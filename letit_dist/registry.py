@@ -6,24 +6,38 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from letit_dist.errors import UserError
 
-T = TypeVar("T", bound=type)
+if TYPE_CHECKING:  # for a type checker alone: they import this
+    from letit_dist.autoencoders.base import Autoencoder, AutoencoderConfig
+    from letit_dist.energy.models import EnergyConfig, EnergyModel
+    from letit_dist.recipes.base import Recipe, RecipeConfig
+
+
+class Configured(Protocol):
+    """A class that says by which schema it is configured."""
+
+    config_class: ClassVar[type[Any]]
+
+
+T = TypeVar("T", bound=type[Any])
+M = TypeVar("M", bound=Configured)  # the base of the registered classes
+C = TypeVar("C")  # the base of their schemas
 
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-class Registry:
+class Registry(Generic[M, C]):
     """Maps `kind` to a class. The package is scanned at the first look-up, so importing this costs nothing."""
 
     def __init__(self, noun: str, package: str):
         self.noun = noun
         self.package = package
-        self._classes: dict[str, type] = {}
+        self._classes: dict[str, type[M]] = {}
         self._scanned = False
 
     def register(self, kind: str) -> Callable[[T], T]:
@@ -51,7 +65,7 @@ class Registry:
         self._scan()
         return sorted(self._classes)
 
-    def get(self, kind: str) -> type:
+    def get(self, kind: str) -> type[M]:
         """The class of `kind`; raises UserError with the known kinds and the nearest one."""
         self._scan()
         if isinstance(kind, str) and kind in self._classes:
@@ -60,7 +74,11 @@ class Registry:
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise UserError(f"unknown {self.noun} kind {kind!r}{hint} (known: {', '.join(self.kinds())})")
 
+    def schema(self, kind: str) -> type[C]:
+        """The `config_class` of the class of `kind`; raises like `get`."""
+        return self.get(kind).config_class
 
-AUTOENCODERS = Registry("autoencoder", "letit_dist.autoencoders")
-ENERGIES = Registry("energy", "letit_dist.energy")
-RECIPES = Registry("recipe", "letit_dist.recipes")
+
+AUTOENCODERS: Registry[Autoencoder, AutoencoderConfig] = Registry("autoencoder", "letit_dist.autoencoders")
+ENERGIES: Registry[EnergyModel, EnergyConfig] = Registry("energy", "letit_dist.energy")
+RECIPES: Registry[Recipe, RecipeConfig] = Registry("recipe", "letit_dist.recipes")

@@ -52,9 +52,14 @@ def modules() -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of everything a file imports, at any depth."""
+    """Full names of everything a file imports, at any depth; not what it names for a type checker alone."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    checked = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    unseen = {id(inner) for node in checked for statement in node.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

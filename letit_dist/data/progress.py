@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class Progress:
@@ -13,7 +17,7 @@ class Progress:
         self.label, self.total, self.first, self.done = label, total, done, done
         self.every, self.begun = every, time.monotonic()
         self.last = self.begun
-        self._bar = None
+        self._bar: tqdm[NoReturn] | None = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -33,6 +37,6 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._bar is not None:
             self._bar.close()

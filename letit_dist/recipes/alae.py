@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from letit_dist import rng, schedule
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
 from letit_dist.autoencoders.style_layers import double, halve
-from letit_dist.config import StrictConfig, TrainingConfig, by_level, one_or_many
+from letit_dist.config import OneOrMany, StrictConfig, TrainingConfig, by_level
 from letit_dist.errors import UserError
 from letit_dist.losses.adversarial import discriminator_loss, generator_loss, gradient_penalty
 from letit_dist.recipes.base import Batch, Level, ParameterGroup, Phase, Recipe, RecipeConfig, StepResult
@@ -26,7 +26,7 @@ from letit_dist.registry import RECIPES
 class GrowthConfig(StrictConfig):
     """Progressive growing from 4 pixels; the first half of each level fades it in."""
 
-    images_per_level: one_or_many(PositiveInt) = Field(
+    images_per_level: OneOrMany[PositiveInt] = Field(
         description="images before the next level begins; a list has one for each level"
     )
 

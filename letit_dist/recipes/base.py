@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from letit_dist import schedule
-from letit_dist.config import StrictConfig, TrainingConfig, by_level, one_or_many
+from letit_dist.config import StrictConfig, TrainingConfig, OneOrMany, by_level
 from letit_dist.errors import UserError
 
 
@@ -19,7 +19,7 @@ class OptimizerConfig(StrictConfig):
     """One optimiser; the rate is a pure function of images_seen."""
 
     kind: Literal["adam", "sgd"] = "adam"
-    learning_rate: one_or_many(PositiveFloat) = Field(description="a list has one for each level of a growing network")
+    learning_rate: OneOrMany[PositiveFloat] = Field(description="a list has one for each level of a growing network")
     betas: tuple[float, float] = Field((0.9, 0.999), description="adam only")
     eps: float = Field(1e-8, gt=0, description="adam only")
     warmup: int = Field(0, ge=0, description="images over which the rate rises from 0")
