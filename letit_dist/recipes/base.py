@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from letit_dist import schedule
-from letit_dist.config import StrictConfig, TrainingConfig, OneOrMany, by_level
+from letit_dist.config import OneOrMany, StrictConfig, TrainingConfig, by_level
 from letit_dist.errors import UserError
 
 
