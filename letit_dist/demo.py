@@ -76,6 +76,7 @@ def walk(translator: Translator, picture: Image.Image) -> Walk:
     pixels = resize_crop(picture_pixels(picture), translator.autoencoder.config.resolution)
     latents = translator.encode(to_images(pixels[None].to(translator.device)))
     result = translator.transport(latents, keep_path=True, noise=translator.noise(0, [0]))
+    assert result.path is not None
     return Walk(translator, pixels, result.path[:, 0], translator.autoencoder.decoder_noise(0, [0]))
 
 
@@ -101,7 +102,9 @@ def build(translators: dict[str, Translator], folder: Path, picture: Image.Image
         side = visible_size(seen.width, 256)
         return seen.resize((side, side), 0)  # nearest: small images keep their pixels
 
-    def drop(image: Image.Image | None, name: str, strength: float) -> tuple:
+    def drop(
+        image: Image.Image | None, name: str, strength: float
+    ) -> tuple[Walk | None, Image.Image | None, Image.Image | None, str | None]:
         if image is None:
             return None, None, None, None
         try:

@@ -13,8 +13,9 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,21 @@ _MMAP_FROM, _TRIM_FROM = 4 << 20, 32 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
+class Weighted(Protocol):
+    """What holds weights, as a torch module does."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of all storages that come to be inside and have not died."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = self._live = 0
-        self._known: dict[int, weakref.ref] = {}
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -63,7 +72,7 @@ class _Live(TorchDispatchMode):
             return
         size = storage.nbytes() if new else 0
 
-        def gone(_: weakref.ref) -> None:
+        def gone(_: weakref.ref[torch.UntypedStorage]) -> None:
             self._live -= size
             self._known.pop(place, None)
 
@@ -183,7 +192,7 @@ class MemoryPlan:
 def plan_memory(
     run: Callable[[int], object],
     *,
-    modules: Iterable[nn.Module],
+    modules: Iterable[Weighted],
     most: int,
     budget: int,
     precision: Precision,
@@ -207,7 +216,7 @@ def plan_memory(
     seen, more = 0, 1
     while more > seen:
         seen = more
-        cost = cost_of(lambda count=seen: run(count), device) / seen
+        cost = cost_of(partial(run, seen), device) / seen
         # What torch and the program hold for good after the first pass is no image's.
         base = resident_bytes() if on_cpu else torch.cuda.memory_allocated(device)
         per_image = round(ALLOWANCE * cost) + kept
@@ -237,7 +246,7 @@ def slow_precision(precision: Precision, device: torch.device | str = "cpu") -> 
     return "notice: this processor has no bfloat16 arithmetic: --precision bf16 is many times slower here than fp32"
 
 
-def lowered(precision: Precision, device: torch.device | str = "cpu") -> contextlib.AbstractContextManager:
+def lowered(precision: Precision, device: torch.device | str = "cpu") -> contextlib.AbstractContextManager[object]:
     """The context in which networks run at `precision`: autocast for bf16, nothing for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()

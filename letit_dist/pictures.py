@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -31,6 +32,12 @@ def to_picture(image: Tensor, cell: int | None = None) -> Image.Image:
     return picture
 
 
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's other font has one size
+    return font
+
+
 def visible_size(resolution: int, least: int = 96) -> int:
     """Pixels a side, `least` or more, to judge an image by eye: small ones are enlarged by a whole factor."""
     return resolution * max(1, -(-least // resolution))
@@ -39,7 +46,7 @@ def visible_size(resolution: int, least: int = 96) -> int:
 def grid(rows: Mapping[str, Sequence[Tensor]], *, cell: int | None = None, title: str | None = None) -> Image.Image:
     """A sheet: each row's name, then its images (B, 3, H, W) in [-1, 1] or uint8."""
     cell = cell or visible_size(next(iter(rows.values()))[0].shape[-1])
-    font = ImageFont.load_default(size=max(12, cell // 8))
+    font = _font(max(12, cell // 8))
     label = max(int(font.getlength(name)) for name in rows) + 4 * _MARGIN
     columns = max(len(images) for images in rows.values())
     step = cell + _MARGIN
@@ -88,9 +95,9 @@ def captioned(
 
 def _fitting(lines: Sequence[str], width: int, largest: int) -> ImageFont.FreeTypeFont:
     size = max(_SMALLEST, largest)
-    while size > _SMALLEST and max(map(ImageFont.load_default(size).getlength, lines)) > width:
+    while size > _SMALLEST and max(map(_font(size).getlength, lines)) > width:
         size -= 1
-    return ImageFont.load_default(size)
+    return _font(size)
 
 
 def beside(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -106,7 +113,7 @@ def beside(pictures: Sequence[Image.Image]) -> Image.Image:
 
 def stacked(pictures: Mapping[str, Image.Image], title: str, *, size: int) -> Image.Image:
     """Pictures below one another, each under its name, and a title above; `size` is the height of the letters."""
-    font = ImageFont.load_default(max(12, size))
+    font = _font(max(12, size))
     head, gap = int(1.8 * font.size), 2 * _MARGIN
     wide = max(*(p.width for p in pictures.values()), *(font.getlength(name) for name in (title, *pictures)))
     height = head + sum(head + picture.height + gap for picture in pictures.values())
@@ -121,7 +128,7 @@ def stacked(pictures: Mapping[str, Image.Image], title: str, *, size: int) -> Im
     return sheet
 
 
-def save_picture(picture: Image.Image, path: Path, **options) -> None:
+def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
     """Write beside and rename: a viewer never sees half a picture. The format follows the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.writing")

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from letit_dist.data.index import INDEX_NAME, Index, build_index, scan_tar
+from letit_dist.data.index import INDEX_NAME, Files, Index, build_index, scan_tar
 from letit_dist.data.latents import FIELDS
 from letit_dist.data.loading import loader
 from letit_dist.data.progress import Progress
@@ -84,7 +85,8 @@ class _Describe:
             return _Sample(problem=f"{self.dataset.place(sample)}: {error}")
 
     def _image(self, sample: int) -> _Sample:
-        images, largest, shapes = self.dataset.images(sample), None, []
+        images, shapes = self.dataset.images(sample), []
+        largest: Tensor | None = None
         for side in sorted(images, key=lambda side: -(side or 0)):
             pixels = self.dataset.decode(sample, images[side])
             height, width = pixels.shape[1:]
@@ -94,6 +96,7 @@ class _Describe:
                 )
             largest = pixels if largest is None else largest
             shapes.append(f"{width}x{height}")
+        assert largest is not None  # one image a sample is the least
         return _Sample(" + ".join(shapes), None, pixel_digest(largest), difference_hash(largest))
 
 
@@ -144,7 +147,8 @@ def _misplaced(index: Index, number: int) -> str | None:
     stated = [(index.key(sample), index.files(sample)) for sample in index.samples_of(number)]
     if found == stated:
         return None
-    pairs = itertools.zip_longest(stated, found, fillvalue=("nothing", {}))
+    nothing: tuple[str, Files] = ("nothing", {})
+    pairs = itertools.zip_longest(stated, found, fillvalue=nothing)
     (key, _), (other, _) = next(pair for pair in pairs if pair[0] != pair[1])
     what = f"another place or size for {key}" if key == other else f"{key} where the tar has {other}"
     return f"{path}: {INDEX_NAME} says {what}: remove {INDEX_NAME} and run shards/check.py with --write-index"
@@ -162,16 +166,17 @@ def _balance(index: Index) -> list[str]:
 
 def compare(results: Sequence[CheckResult], show: int = 5) -> tuple[list[str], list[str]]:
     """(equal, similar): a line for each two image folders of different splits that share pictures."""
-    equal_lines, similar_lines = [], []
-    known = [r for r in results if r.pictures is not None and r.split is not None]
-    for first, second in itertools.combinations(known, 2):
+    equal_lines: list[str] = []
+    similar_lines: list[str] = []
+    known = [(r, r.pictures) for r in results if r.pictures is not None and r.split is not None]
+    for (first, one), (second, other) in itertools.combinations(known, 2):
         if first.split == second.split:
             continue
         if second.split == "train":
-            first, second = second, first
+            first, one, second, other = second, other, first, one
         both = f"{first.index.folder} ({first.split}) and {second.index.folder} ({second.split})"
         for pairs, word, lines in zip(
-            shared(first.pictures, second.pictures), ("equal", "similar"), (equal_lines, similar_lines), strict=True
+            shared(one, other), ("equal", "similar"), (equal_lines, similar_lines), strict=True
         ):
             if pairs:
                 sign = {"equal": "=", "similar": "~"}[word]

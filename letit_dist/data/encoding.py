@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,19 +23,21 @@ from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset, chunks
 from letit_dist.data.transforms import to_images
 from letit_dist.errors import UserError
-from letit_dist.memory import MemoryPlan, Precision, lowered, plan_memory
+from letit_dist.memory import MemoryPlan, Precision, Weighted, lowered, plan_memory
 from letit_dist.pretrained import tensors_fingerprint
 
 Encoded = dict[str, dict[str, Tensor]]  # view -> field -> rows
 
+T = TypeVar("T")
+
 _READ_AHEAD = 4  # batches that the loader keeps ready for each worker
 
 
-class Encoder(Protocol):
-    """What encoding needs of an autoencoder, which is a torch module."""
+class Encoder(Weighted, Protocol):
+    """What encoding needs of an autoencoder."""
 
     config: Any
-    stores_codes: bool
+    stores_codes: ClassVar[bool]
 
     def encode(self, images: Tensor) -> Tensor: ...
 
@@ -107,9 +109,9 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    gather: Callable[[Any], list] = lambda mine: [mine]
+    gather: Callable[[Any], list[Any]] = lambda mine: [mine]
 
-    def share(self, work: Callable[[], Any]) -> list:
+    def share(self, work: Callable[[], T]) -> list[T]:
         """What `work()` gave on every rank; a UserError of one is everybody's, so that nobody waits for it."""
         problem, mine = None, None
         try:
@@ -213,15 +215,16 @@ def encode_domain(
         # The same cuts as of a run that was never interrupted: what goes through together decides the last bits.
         cuts = [cut for cut in cuts if (cut[-1] + 1) * len(options.views) > begun]
         read = chunks(dataset, cuts[ranks.rank :: ranks.world], options.workers)
-        encoded: list = []
+        encoded: list[tuple[Tensor, Encoded]] = []
 
         def turn() -> tuple[Tensor, Encoded] | None:
             for done in encoded if writer else ():
+                assert writer is not None
                 _write(writer, dataset, options, done, begun)
                 progress.step((int(done[0][-1]) + 1) - progress.done)
-            pixels, samples = next(read, (None, None))
-            if pixels is None:
+            if (images := next(read, None)) is None:
                 return None
+            pixels, samples = images
             return samples, _encode_views(autoencoder, pixels, samples, options, device)
 
         # One more: what the last turn has encoded is written in the one after it.
@@ -287,7 +290,7 @@ def _write(
                 writer.write(dataset.key(sample), fields, json_data=dataset.json(sample), view=name)
 
 
-def _already(index: Index, wanted: dict) -> str:
+def _already(index: Index, wanted: dict[str, Any]) -> str:
     if index.kind == "images":
         raise UserError(f"{index.folder} holds images: choose another folder for the latents with --out")
     found = {name: {**index.meta, "kind": index.kind}.get(name) for name in wanted}

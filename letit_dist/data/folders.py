@@ -30,7 +30,10 @@ class FolderDataset:
 
     def __init__(self, parts: Sequence[Part], names: Sequence[str]):
         self.domain, self.split = parts[0].domain or names[0], parts[0].split
-        self.sources: list[FileSource] = [part.source for part in parts]
+        self.sources: list[FileSource] = []
+        for part in parts:
+            assert isinstance(part.source, FileSource)
+            self.sources.append(part.source)
         self.side: int | None = None
         self._ends = list(accumulate(map(len, self.sources)))
         self._keys: list[str] = []
@@ -70,17 +73,20 @@ class FolderDataset:
 
     def stored_size(self) -> tuple[int, int]:
         """(H, W) of every image."""
+        assert self.side is not None, "ask for a side first: require_side"
         return self.side, self.side
 
     def pixels(self, sample: int, *, size: tuple[int, int] | None = None) -> Tensor:
         """The centred square, box-filtered, uint8 (3, side, side); raises UnreadableImage."""
+        assert self.side is not None, "ask for a side first: require_side"
         source, number = self._locate(sample)
         try:
             pixels = decode(source.item(number).content)
         except OSError as error:
             raise UnreadableImage(f"cannot be read: {error.strerror or error}") from None
-        if min(pixels.shape[1:]) < self.side:
-            raise UserError(too_small(self.place(sample), tuple(pixels.shape[1:]), self.side, "the autoencoder's"))
+        height, width = pixels.shape[1:]
+        if min(height, width) < self.side:
+            raise UserError(too_small(self.place(sample), (height, width), self.side, "the autoencoder's"))
         return resize_crop(pixels, self.side)
 
 

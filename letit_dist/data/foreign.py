@@ -56,7 +56,7 @@ def expand(paths: Sequence[str | Path]) -> list[str]:
     return shards
 
 
-class _Stream(IterableDataset):
+class _Stream(IterableDataset["ImageBatch | Failure"]):
     """Endless ImageBatches of one (rank, worker): every so many-th shard of an order that changes each epoch."""
 
     def __init__(self, shards: list[str], options: dict[str, Any]):

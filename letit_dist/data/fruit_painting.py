@@ -44,7 +44,7 @@ def encode(picture: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((srgb * 255.0 + 0.5).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _smooth(low: float, high: float, value):
+def _smooth(low: float, high: float, value: np.ndarray) -> np.ndarray:
     t = np.clip((value - low) * (1.0 / (high - low)), 0.0, 1.0)
     return t * t * (3.0 - 2.0 * t)
 
@@ -167,7 +167,9 @@ def paint_fruit(picture: np.ndarray, style: str, look: Mapping[str, float], plac
         _paint_leaf(picture, x, y + (0.1 if style == "apple" else 0.0), look, place, light)
 
 
-def _paint_body(canvas, samples, window: _Window, body: Body, skin: Callable[[np.ndarray], np.ndarray]) -> None:
+def _paint_body(
+    canvas: np.ndarray, samples: np.ndarray, window: _Window, body: Body, skin: Callable[[np.ndarray], np.ndarray]
+) -> None:
     """Fill rows of `canvas` at `samples`: the colour of `skin` times cover, cover, and depth in fruit radii."""
     rows, columns = np.divmod(samples, window.x.size)
     x = window.x[0].take(columns) * body.scale + body.centre[0]
@@ -178,7 +180,14 @@ def _paint_body(canvas, samples, window: _Window, body: Body, skin: Callable[[np
     canvas[:, samples[seen]] = np.concatenate([skin(point) * cover, cover[None], point[2:] / body.scale])
 
 
-def _lit(point, smooth, normal, colour, occlusion, light: Light) -> np.ndarray:
+def _lit(
+    point: np.ndarray,
+    smooth: np.ndarray,
+    normal: np.ndarray,
+    colour: np.ndarray,
+    occlusion: np.ndarray,
+    light: Light,
+) -> np.ndarray:
     """Linear light (3, points) that skin scatters from lamp, sky and table; `smooth` is the unbumped normal."""
     lambert = np.clip((dot(light.direction, normal) + 0.12) / 1.12, 0.0, 1.0)
     # Where the whole body turns away from the lamp, its bumps must not catch it.
@@ -203,7 +212,7 @@ def _skin_places(point: np.ndarray, look: Mapping[str, float]) -> tuple[np.ndarr
     return x * spread + look["texture_x"], look["texture_y"] - y * spread
 
 
-def _apple_skin(point, body: Body, look: Mapping[str, float], spacing: float, light: Light) -> np.ndarray:
+def _apple_skin(point: np.ndarray, body: Body, look: Mapping[str, float], spacing: float, light: Light) -> np.ndarray:
     normal, cosine, _ = body.surface(point)
     colour = _apple_colour(point, cosine, body, look, spacing / _TEXTURE_TILE)
     occlusion = 1.0 - 0.72 * np.exp((cosine - 1.0) * 14.0)
@@ -211,7 +220,9 @@ def _apple_skin(point, body: Body, look: Mapping[str, float], spacing: float, li
     return _lit(point, normal, normal, colour, occlusion, light) + shine
 
 
-def _apple_colour(point, cosine, body: Body, look: Mapping[str, float], spacing: float) -> np.ndarray:
+def _apple_colour(
+    point: np.ndarray, cosine: np.ndarray, body: Body, look: Mapping[str, float], spacing: float
+) -> np.ndarray:
     """Green to yellow ground under a streaked blush towards its sunny side, pale dots, russet in the dip."""
     dots, _, clouds = sample_texture(APPLE_SKIN, *_skin_places(point, look), spacing)
     around = np.arctan2(dot(body.side, point), dot(body.front, point)) * (2.0 / math.tau)
@@ -231,7 +242,7 @@ def _apple_colour(point, cosine, body: Body, look: Mapping[str, float], spacing:
     return mix(colour, russet, 0.75 * near_stem)
 
 
-def _orange_skin(point, body: Body, look: Mapping[str, float], spacing: float, light: Light) -> np.ndarray:
+def _orange_skin(point: np.ndarray, body: Body, look: Mapping[str, float], spacing: float, light: Light) -> np.ndarray:
     smooth, cosine, lobe = body.surface(point)
     clouds, pit, slope_x, slope_y = sample_texture(ORANGE_SKIN, *_skin_places(point, look), spacing / _TEXTURE_TILE)
     colour = mix(_linear(255, 172, 20), _linear(238, 96, 6), look["hue"])
@@ -255,7 +266,7 @@ def _orange_skin(point, body: Body, look: Mapping[str, float], spacing: float, l
     return _lit(point, smooth, normal, colour, occlusion, light) + shine
 
 
-def _paint_stem(canvas, window: _Window, body: Body, look: Mapping[str, float], light: Light) -> None:
+def _paint_stem(canvas: np.ndarray, window: _Window, body: Body, look: Mapping[str, float], light: Light) -> None:
     """A bent woody peg in the dip, hidden where the near shoulder stands before it."""
     base_x, base_y, base_z = body.pole()
     length, upright = mix(0.42, 0.68, look["stem_length"]), math.hypot(*body.axis[:2])
@@ -280,7 +291,7 @@ def _paint_stem(canvas, window: _Window, body: Body, look: Mapping[str, float], 
     target[3] += cover
 
 
-def _paint_leaf(picture, x: float, y: float, look: Mapping[str, float], place: Place, light: Light) -> None:
+def _paint_leaf(picture: np.ndarray, x: float, y: float, look: Mapping[str, float], place: Place, light: Light) -> None:
     """A leaf that grows from `x`, `y` (fruit radii) to one side, and the shadow it throws on the fruit."""
     side = 1.0 if look["leaf_angle"] > 0.5 else -1.0
     angle = mix(-0.25, 0.45, abs(look["leaf_angle"] - 0.5) * 2.0)
@@ -294,7 +305,7 @@ def _paint_leaf(picture, x: float, y: float, look: Mapping[str, float], place: P
     window.blend(picture, _leaf_colour(along, aside, side, look["texture_x"], light) * cover, cover)
 
 
-def _leaf_colour(along, aside, side: float, hue: float, light: Light) -> np.ndarray:
+def _leaf_colour(along: np.ndarray, aside: np.ndarray, side: float, hue: float, light: Light) -> np.ndarray:
     fold, from_rib = np.clip(aside * 30.0, -1.0, 1.0), np.abs(aside)
     normal = unit(np.stack([0.25 * side * (along - 0.3), 0.33 * fold + 0.35, np.full_like(along, 0.8)]))
     veins = 0.06 * np.sin(along * 46.0 - from_rib * 110.0) * _smooth(0.0, 0.04, from_rib)

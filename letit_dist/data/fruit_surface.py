@@ -9,19 +9,26 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
+from typing import TypeVar, overload
 
 import numpy as np
+
+N = TypeVar("N", float, np.ndarray)
 
 _TEXTURE_SIZE = 512  # a power of two, so that coordinates wrap with a bit mask
 
 # Small mathematics
 
 
-def mix(a, b, t):
+@overload
+def mix(a: N, b: N, t: float) -> N: ...
+@overload
+def mix(a: float | np.ndarray, b: float | np.ndarray, t: np.ndarray) -> np.ndarray: ...
+def mix(a: float | np.ndarray, b: float | np.ndarray, t: float | np.ndarray) -> float | np.ndarray:
     return a + (b - a) * t
 
 
-def dot(a, b):
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
@@ -109,9 +116,9 @@ def sample_texture(channels: slice, s: np.ndarray, t: np.ndarray, spacing: float
     column, row = left.astype(np.intp), top.astype(np.intp)
     columns = column & (size - 1), (column + 1) & (size - 1)
     rows = (row & (size - 1)) * size, ((row + 1) & (size - 1)) * size
-    corners = [tile.take(down + across, axis=1) for down in rows for across in columns]
+    a, b, c, d = (tile.take(down + across, axis=1) for down in rows for across in columns)
     right = x - left
-    return mix(mix(*corners[:2], right), mix(*corners[2:], right), y - top)
+    return mix(mix(a, b, right), mix(c, d, right), y - top)
 
 
 # The fruit's shape: a surface around an axis, found along every sample's line of sight
@@ -161,7 +168,7 @@ class Body:
         tip = self.axis * (self.height * (1.0 - self.dip))
         return [(float(at) - origin) / self.scale for at, origin in zip(tip, (*self.centre, 0.0), strict=True)]
 
-    def parts(self, square, along, aside) -> tuple[np.ndarray, ...]:
+    def parts(self, square: np.ndarray, along: np.ndarray, aside: np.ndarray) -> tuple[np.ndarray, ...]:
         """Distance of points from the centre, of the surface below them, cosine to the axis, cosine about it."""
         lateral = np.sqrt(np.maximum(square - along * along, 1e-6))
         lobe = aside / lateral
@@ -176,7 +183,7 @@ class Body:
             bulge += fivefold(lobe) * (0.9 * self.ribs - (0.7 * self.ribs) * cosine)
         return distance, surface + bulge * width, cosine, lobe
 
-    def gap(self, square, along, aside) -> np.ndarray:
+    def gap(self, square: np.ndarray, along: np.ndarray, aside: np.ndarray) -> np.ndarray:
         """A length that is never above the true distance to the surface, and negative inside."""
         distance, surface, _, _ = self.parts(square, along, aside)
         return (distance - surface) * 0.85
@@ -187,15 +194,17 @@ class Body:
         Depth grows towards the camera; `spacing` lies between two samples, all in the body's own unit.
         """
         square, (along, aside) = x * x + y * y, (v[0] * x + v[1] * y for v in (self.axis, self.rib_side))
-        z, nearest = self._march(np.sqrt(np.maximum(1.6 - square, 0.0)), square, along, aside, 5)
+        z, nearest = self._march(np.sqrt(np.maximum(1.6 - square, 0.0)), square, along, aside, steps=5)
         # Few lines skim a shoulder on their way into the dip; only they need many steps.
         left = np.flatnonzero((nearest > 0.03 * spacing) & (z > -1.2))
         start = (values.take(left) for values in (z, square, along, aside))
-        z[left], further = self._march(*start, 10)
+        z[left], further = self._march(*start, steps=10)
         nearest[left] = np.minimum(nearest.take(left), further)
         return z, np.clip(1.0 - nearest * (2.0 / spacing), 0.0, 1.0)
 
-    def _march(self, z, square, along, aside, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    def _march(
+        self, z: np.ndarray, square: np.ndarray, along: np.ndarray, aside: np.ndarray, *, steps: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         axis_z, side_z = self.axis[2], self.rib_side[2]
         gap = nearest = step = self.gap(square + z * z, along + axis_z * z, aside + side_z * z)
         for _ in range(steps):

@@ -24,12 +24,15 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from letit_dist.errors import UserError
 from letit_dist.files import hash_file, write_atomically
+
+if TYPE_CHECKING:
+    from letit_dist.data.remote import RemoteShard
 
 FORMAT = 1
 INDEX_NAME = "index.json"
@@ -96,7 +99,9 @@ class Index:
         }
         self._fill(Path(folder), kind, shards, columns, meta)
 
-    def _fill(self, folder: Path, kind: str, shards: Sequence[Shard], columns: dict, meta: dict) -> None:
+    def _fill(
+        self, folder: Path, kind: str, shards: Sequence[Shard], columns: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
         self.folder, self.kind, self.shards, self.meta = folder, kind, tuple(shards), meta
         encoded = [key.encode() for key in columns["keys"]]
         # One blob instead of a million strings: a loader worker gets it at the price of a copy.
@@ -110,7 +115,9 @@ class Index:
         self._sizes = np.asarray(columns["sizes"], dtype=np.int64)
         self._shard_ends = list(itertools.accumulate(shard.samples for shard in self.shards))
         # Remote folders name their own.
-        self.paths = tuple(folder / shard.name for shard in self.shards) if isinstance(folder, Path) else ()
+        self.paths: tuple[Path | RemoteShard, ...] = ()
+        if isinstance(folder, Path):
+            self.paths = tuple(folder / shard.name for shard in self.shards)
         counts = {len(encoded), len(self._layout), self._shard_ends[-1] if self.shards else 0}
         if len(counts) != 1 or not self._starts[-1] == len(self._offsets) == len(self._sizes):
             raise ValueError("the columns do not have the same length")
@@ -130,7 +137,7 @@ class Index:
     def shard_of(self, sample: int) -> int:
         return bisect.bisect_right(self._shard_ends, sample)
 
-    def path_of(self, sample: int) -> Path:
+    def path_of(self, sample: int) -> Path | RemoteShard:
         return self.paths[self.shard_of(sample)]
 
     @property

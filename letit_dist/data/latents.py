@@ -94,7 +94,7 @@ class LatentWriter:
     def __enter__(self) -> LatentWriter:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self.writer.__exit__(kind, error, trace)
 
 

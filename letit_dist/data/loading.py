@@ -51,7 +51,7 @@ def unwrap(items: Iterator[Any]) -> Iterator[Any]:
         yield item
 
 
-def loader(dataset: Any, sampler: Any, workers: int, *, pin: bool = False) -> DataLoader:
+def loader(dataset: Any, sampler: Any, workers: int, *, pin: bool = False) -> DataLoader[Any]:
     """A loader whose items are whole batches already."""
     return DataLoader(
         dataset,

@@ -144,33 +144,37 @@ class _Prepare:
         self.source, self.options = source, options
 
     def __getitem__(self, number: int) -> _Prepared | _Unreadable | Failure:
-        options, notes = self.options, []
+        options = self.options
+        notes: list[str] = []
         try:
             item = self.source.item(number)
             if isinstance(item.content, bytes):
                 pixels = decode(item.content, notes)
-                notes += _misnamed(item)
+                notes += _misnamed(item.content, item.metadata)
             else:
                 pixels = torch.from_numpy(item.content).permute(2, 0, 1)
         except UnreadableImage as error:
             return _Unreadable(number, self.source.name(number), str(error))
         except OSError as error:
             return _Unreadable(number, self.source.name(number), f"cannot be read: {error.strerror or error}")
+        height, width = pixels.shape[1:]
         if options.resolution is not None:
-            if min(pixels.shape[1:]) < options.resolution:
+            if min(height, width) < options.resolution:
                 if not options.enlarge:
-                    return Failure(too_small(self.source.name(number), tuple(pixels.shape[1:]), options.resolution))
+                    return Failure(too_small(self.source.name(number), (height, width), options.resolution))
                 notes.append(f"smaller than {options.resolution}, enlarged")
             pixels = resize_crop(pixels, options.resolution, options.filter)
+            height, width = pixels.shape[1:]
         metadata = {**item.metadata, **({"notes": notes} if notes else {})}
         files = {**self._encoded(item, pixels), "json": json.dumps(metadata, sort_keys=True).encode()}
         mark = hashlib.blake2b(item.content, digest_size=8).hexdigest() if isinstance(item.content, bytes) else None
-        return _Prepared(number, item.key, files, tuple(pixels.shape[1:]), notes, mark)
+        return _Prepared(number, item.key, files, (height, width), notes, mark)
 
     def _encoded(self, item: Item, pixels: torch.Tensor) -> dict[str, bytes]:
         """Extension -> bytes of each size."""
         options = self.options
         if options.format == ORIGINAL:
+            assert isinstance(item.content, bytes)  # `pack` refuses drawn pictures
             known = image_type(item.content) or item.metadata["file"].rpartition(".")[2].lower()
             return {known: item.content}
         extension = EXTENSIONS[options.format]
@@ -184,11 +188,11 @@ class _Prepare:
         }
 
 
-def _misnamed(item: Item) -> list[str]:
+def _misnamed(content: bytes, metadata: dict[str, Any]) -> list[str]:
     """A note where a file's name says another format than its bytes."""
-    named = str(item.metadata.get("file", "")).rpartition(".")[2].lower()
+    named = str(metadata.get("file", "")).rpartition(".")[2].lower()
     named = {"jpeg": "jpg", "tiff": "tif"}.get(named, named)
-    found = image_type(item.content)
+    found = image_type(content)
     return [f"{found.upper()} named .{named}"] if found and found != named else []
 
 
@@ -231,7 +235,8 @@ def pack(part: Part, out: str | Path, options: PackOptions) -> PackResult:
     if options.smaller:
         meta["resolutions"] = [options.resolution, *options.smaller]
     meta["pack"] = settings
-    source, notes = part.source, Counter()
+    source = part.source
+    notes: Counter[str] = Counter()
     allowed = int(options.max_bad_fraction * len(source))
     size: tuple[int, int] | None = None
     if options.resolution is not None:
@@ -309,7 +314,8 @@ def _first_size(writer: ShardWriter) -> tuple[int, int]:
     """Size of the first image of a continued pack, from its first shard."""
     _, files = writer.first_sample()
     name = next(name for name in files if name != "json")
-    return tuple(decode(files[name]).shape[1:])
+    height, width = decode(files[name]).shape[1:]
+    return height, width
 
 
 def _sizes_differ(name: str, found: tuple[int, int], expected: tuple[int, int]) -> str:

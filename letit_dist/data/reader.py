@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -55,7 +55,9 @@ class ShardDataset:
             raise UserError("no shard folder was given")
         if any(map(is_url, paths)):
             cache = cache or BlockCache()
-        self.indexes = [read_index(str(path), cache) if is_url(path) else Index.read(path) for path in paths]
+        self.indexes = [
+            read_index(str(path), cache) if cache is not None and is_url(path) else Index.read(path) for path in paths
+        ]
         self._ends = np.cumsum([len(index) for index in self.indexes]).tolist()
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._asked = resolution
@@ -192,7 +194,8 @@ class ShardDataset:
         for sample in range(min(len(self), REPLACEMENTS)):
             try:
                 images = self.images(sample)
-                return tuple(self.decode(sample, images[choose(images, None)]).shape[1:])
+                height, width = self.decode(sample, images[choose(images, None)]).shape[1:]
+                return height, width
             except UnreadableImage as error:
                 reason = error
         raise UserError(f"{self.place(0)} and the samples after it cannot be decoded: {reason}")
@@ -322,8 +325,18 @@ class ImageStream:
         return unwrap(iter(self._loader))
 
 
+class Readable(Protocol):
+    """Images by number: shards, or folders of files."""
+
+    def stored_size(self) -> tuple[int, int]: ...
+
+    def pixels(self, sample: int, *, size: tuple[int, int] | None = None) -> Tensor: ...
+
+    def place(self, sample: int) -> str: ...
+
+
 class _InOrder:
-    def __init__(self, dataset: ShardDataset):
+    def __init__(self, dataset: Readable):
         self.dataset, self.size = dataset, dataset.stored_size()
 
     def __getitem__(self, samples: np.ndarray) -> tuple[Tensor, Tensor] | Failure:
@@ -353,7 +366,7 @@ def batches(
     return chunks(dataset, cuts, workers)
 
 
-def chunks(dataset: ShardDataset, cuts: Sequence[np.ndarray], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(dataset: Readable, cuts: Sequence[np.ndarray], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples of each cut, as `batches`."""
     return unwrap(iter(loader(_InOrder(dataset), cuts, workers)))
 

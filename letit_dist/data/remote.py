@@ -32,8 +32,8 @@ ENVIRONMENT = "LETIT_CACHE"
 BLOCK = 1 << 20  # a few images at 1024 pixels: a request costs more than the bytes that nobody needs yet
 WAITS = (0.5, 1, 2, 4, 8)  # seconds before each further attempt
 # What tells two versions of a file apart, the surest first; servers give one or the other.
-_VERSIONS = ("generation", "versionid", "etag", "md5hash", "content-md5", "digest", "lastmodified", "last-modified")
-_VERSIONS += ("mtime", "modified", "created")
+_VERSIONS: tuple[str, ...] = ("generation", "versionid", "etag", "md5hash", "content-md5", "digest", "lastmodified")
+_VERSIONS += ("last-modified", "mtime", "modified", "created")
 
 
 def is_url(path: str | Path) -> bool:

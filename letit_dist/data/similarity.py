@@ -18,7 +18,7 @@ _COUNTS = np.array([bin(n).count("1") for n in range(1 << 16)], dtype=np.uint8)
 def pixel_digest(pixels: Tensor) -> int:
     """64 bits of BLAKE2 over uint8 (3, H, W) and its size: equal for equal pictures, however they are stored."""
     digest = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=8)
-    digest.update(pixels.contiguous().numpy())
+    digest.update(pixels.contiguous().numpy().data)
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -48,7 +48,7 @@ def near_pairs(first: np.ndarray, second: np.ndarray, most: int = NEAR) -> Itera
     """(i, j) of all first[i], second[j] (uint64 (N,), (M,)) that differ in at most `most` bits, by j, then i."""
     for row in range(0, len(second), _ROWS):
         rows = second[row : row + _ROWS, None]
-        found = []
+        found: list[tuple[int, int]] = []
         for column in range(0, len(first), _COLUMNS):
             differ = bit_counts(rows ^ first[None, column : column + _COLUMNS])
             j, i = np.nonzero(differ <= most)
@@ -78,6 +78,5 @@ def shared(first: Pictures, second: Pictures) -> tuple[list[tuple[int, int]], li
     for i, j in near_pairs(first.hashes, second.hashes):
         if j not in equal:
             similar.setdefault(j, i)
-    return tuple(
-        [(int(first.samples[i]), int(second.samples[j])) for j, i in pairs.items()] for pairs in (equal, similar)
-    )
+    named = ([(int(first.samples[i]), int(second.samples[j])) for j, i in pairs.items()] for pairs in (equal, similar))
+    return next(named), next(named)

@@ -269,4 +269,4 @@ def _members(stream: Any, begin: int, end: int) -> Iterable[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"{member.name} is cut off")
             if member.isreg():
                 yield member
-            tar.members = []  # a million headers would stay in memory
+            tar.members = []  # type: ignore[attr-defined]  # a million headers would stay in memory

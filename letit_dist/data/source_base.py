@@ -42,6 +42,10 @@ class Request:
     column: str | None = None
 
 
+# Of a file: domain, split, path, what else is known.
+Found = tuple[str | None, str | None, str, dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Part:
     """One folder of shards to write; `notes` are lines for the user."""
@@ -99,6 +103,13 @@ class Layout(ABC):
         """The folders to write; raises UserError for what cannot be packed as asked."""
 
 
+@dataclass(frozen=True)
+class FileItem(Item):
+    """The bytes of a file."""
+
+    content: bytes
+
+
 class FileSource(Source):
     """Files below a folder: (path, what else is known about it), in the order given."""
 
@@ -117,9 +128,9 @@ class FileSource(Source):
     def name(self, number: int) -> str:
         return self.paths[number]
 
-    def item(self, number: int) -> Item:
+    def item(self, number: int) -> FileItem:
         content = (self.folder / self.paths[number]).read_bytes()
-        return Item(self.key(number), content, self.metadata(number))
+        return FileItem(self.key(number), content, self.metadata(number))
 
     def key(self, number: int) -> str:
         """The item's key, before it is cleaned."""
@@ -273,11 +284,11 @@ def place(domain: str | None, split: str | None) -> str:
 
 def by_domain_and_split(
     folder: str | Path,
-    files: Iterable[tuple[str | None, str | None, str, dict[str, Any]]],
+    files: Iterable[Found],
     layout: str,
     kind: type[FileSource] = FileSource,
 ) -> list[Part]:
-    """Parts from (domain, split, path, what else is known), domains and splits in order of their names."""
+    """Parts from files as they were found, domains and splits in order of their names."""
     groups: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
     for domain, split, path, known in files:
         groups.setdefault((domain or "", split or ""), []).append((path, known))

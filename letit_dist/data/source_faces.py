@@ -8,11 +8,11 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from letit_dist.data.source_base import (
+    FileItem,
     FileSource,
-    Item,
+    Found,
     Layout,
     Part,
     Request,
@@ -34,7 +34,7 @@ SIDES = {"Male": ("male", "female"), "Young": ("young", "old")}
 class FfhqSource(FileSource):
     """Files whose MD5 is compared with the official list where that knows it."""
 
-    def item(self, number: int) -> Item:
+    def item(self, number: int) -> FileItem:
         item = super().item(number)
         stated = item.metadata.get("md5")
         if stated and (found := hashlib.md5(item.content).hexdigest()) != stated:
@@ -156,8 +156,9 @@ class _AttributedFaces(Layout):
         root, table, inside = found
         values = read_attribute(table, request.attribute) if request.attribute else None
         splits = cls._splits(root)
-        yes, no = SIDES.get(request.attribute, (str(request.attribute).lower(), f"not_{request.attribute}".lower()))
-        files: list[tuple[str | None, str | None, str, dict[str, Any]]] = []
+        attribute = request.attribute or ""
+        yes, no = SIDES.get(attribute, (attribute.lower(), f"not_{attribute}".lower()))
+        files: list[Found] = []
         unknown = []
         for path in images_below(root / inside):
             stem = path.rpartition("/")[2].rpartition(".")[0]

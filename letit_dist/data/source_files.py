@@ -13,9 +13,11 @@ from typing import Any
 
 from letit_dist.data.source_base import (
     FileSource,
+    Found,
     Layout,
     Part,
     Request,
+    Source,
     by_domain_and_split,
     first_images,
     images_below,
@@ -61,8 +63,9 @@ class DomainsLayout(Layout):
 
     @classmethod
     def parts(cls, spec: str, request: Request) -> list[Part]:
-        files = [(name, None, f"{name}/{path}", {}) for name in subfolders(spec) for path in walk(Path(spec, name))[0]]
-        if len(found := {domain for domain, *_ in files}) < 2:
+        images = {name: walk(Path(spec, name))[0] for name in subfolders(spec)}
+        files: list[Found] = [(name, None, f"{name}/{path}", {}) for name, paths in images.items() for path in paths]
+        if len(found := [name for name, paths in images.items() if paths]) < 2:
             have = ", ".join(found) or "none"
             raise UserError(f"{spec}: two domains are needed, one folder of images each; found {have}")
         return select(by_domain_and_split(spec, files, cls.name), request, spec)
@@ -200,6 +203,7 @@ def _table_parts(tables: list[tuple[str, str]], root: Path, request: Request, sp
     return [replace(part, notes=_absent(part.source)) for part in parts]
 
 
-def _absent(source: FileSource) -> tuple[str, ...]:
+def _absent(source: Source) -> tuple[str, ...]:
+    assert isinstance(source, FileSource)
     absent = [path for path in source.paths if not (source.folder / path).is_file()]
     return (f"{len(absent)} of {len(source)} files are not there, the first: {absent[0]}",) if absent else ()

@@ -8,6 +8,7 @@ from typing import Any
 
 from letit_dist.data.source_base import (
     FileSource,
+    Found,
     Layout,
     Part,
     Request,
@@ -169,7 +170,7 @@ class CycleGanLayout(Layout):
                     f"{spec}: one domain where two are needed: images of {other} ({names[other]}) and none of {side} "
                     f"({names[side]}); add train{side}, or give --layout folder for one domain"
                 )
-        files = [
+        files: list[Found] = [
             (names[cls.FOLDERS[name][1]], cls.FOLDERS[name][0], f"{name}/{path}", {})
             for name, paths in images.items()
             for path in paths

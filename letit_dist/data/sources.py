@@ -95,8 +95,9 @@ def plan(parts: Sequence[Part]) -> list[str]:
         megabytes = "-" if size is None else f"{size / 1e6:.1f}"
         rows.append((part.subfolder or ".", part.domain or "-", part.split or "-", str(len(part.source)), megabytes))
     if len(parts) > 1:
-        known = None not in sizes
-        rows.append(("all", "", "", str(total), f"{sum(sizes) / 1e6:.1f}" if known else "-"))
+        known = [size for size in sizes if size is not None]
+        megabytes = f"{sum(known) / 1e6:.1f}" if len(known) == len(sizes) else "-"
+        rows.append(("all", "", "", str(total), megabytes))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return ["  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from letit_dist.errors import UserError
 
 # torchvision 0.29 announces that its decoders will go one day; Pillow alone reads everything too, at about
 # 60 % of the speed.
+decode_jpeg: Callable[..., Tensor] | None
 try:
     from torchvision.io import ImageReadMode, decode_png, decode_webp
 
@@ -52,6 +54,7 @@ def image_type(data: bytes) -> str | None:
     """The usual extension of what these bytes are (png, jpg, webp, gif, bmp, tif), whatever their file is called."""
     if data[:4] == b"RIFF":
         return "webp" if data[8:12] == b"WEBP" else None
+    heads: dict[str, bytes | tuple[bytes, ...]]
     heads = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "gif": b"GIF8", "bmp": b"BM", "tif": (b"II*\0", b"MM\0*")}
     return next((name for name, head in heads.items() if data.startswith(head)), None)
 
@@ -74,7 +77,7 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def _jpeg(data: bytes) -> Tensor | None:
-    if (frame := _jpeg_frame(data)) and frame[0] == 4:
+    if decode_jpeg is None or ((frame := _jpeg_frame(data)) and frame[0] == 4):
         return None  # CMYK: Pillow knows Adobe's inverted inks
     return decode_jpeg(_bytes(data), ImageReadMode.RGB.value, True)  # True: upright, as EXIF says
 
@@ -158,7 +161,7 @@ def _pillow(data: bytes, notes: list[str]) -> Tensor:
             return _from_pillow(ImageOps.exif_transpose(image), notes)
     except UnreadableImage:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UnreadableImage("not an image that Pillow or torchvision knows") from None
     except Exception as error:
         raise _unreadable(error) from None

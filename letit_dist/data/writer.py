@@ -15,11 +15,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from letit_dist.config import differences
 from letit_dist.data.index import INDEX_NAME, JOURNAL_NAME, KINDS, Files, Index, Shard, scan_tar
 from letit_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from webdataset import TarWriter
 
 TAR_BLOCK, TAR_RECORD = 512, 10240
 
@@ -93,7 +96,8 @@ class ShardWriter:
         self._shards: list[Shard] = []
         self._samples: list[tuple[str, Files]] = []
         self._used: set[str] = set()
-        self._tar = self._file = None
+        self._tar: TarWriter | None = None
+        self._file: _HashingFile | None = None
         self._open_samples = 0
         self._next = 0
         self._pending: list[tuple[int, str, str]] = []
@@ -157,7 +161,7 @@ class ShardWriter:
             self._note(*records[: len(self._shards) + 1])
         self._used = {key for key, _ in self._samples}
 
-    def _note(self, *records: dict) -> None:
+    def _note(self, *records: dict[str, Any]) -> None:
         for record in records:
             self._journal.write(json.dumps(record).encode() + b"\n")
         self._journal.flush()
@@ -166,7 +170,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -200,9 +204,8 @@ class ShardWriter:
                 end = -(-(self._tar.tarstream.offset + size + 2 * TAR_BLOCK) // TAR_RECORD) * TAR_RECORD
                 if end > self.shard_bytes or self._open_samples == self.shard_samples:
                     self._finish_shard()
-            if self._tar is None:
-                self._open_shard()
-            self._tar.write({"__key__": key, **files})
+            tar = self._open_shard() if self._tar is None else self._tar
+            tar.write({"__key__": key, **files})
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
         if mark is not None:
@@ -226,7 +229,7 @@ class ShardWriter:
         with (self.folder / self._shards[0].name).open("rb") as stream:
             return key, {e: (stream.seek(offset), stream.read(size))[1] for e, (offset, size) in files.items()}
 
-    def _open_shard(self) -> None:
+    def _open_shard(self) -> TarWriter:
         from webdataset import TarWriter
 
         self._name = f"shard-{len(self._shards):05d}.tar"
@@ -234,8 +237,10 @@ class ShardWriter:
         # An integer mtime: a float would cost a PAX header a file. PAX: names longer than 100 bytes.
         self._tar = TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
         self._open_samples = 0
+        return self._tar
 
     def _finish_shard(self) -> None:
+        assert self._tar is not None and self._file is not None
         self._tar.close()
         self._file.close()
         part = self.folder / (self._name + ".part")
@@ -284,7 +289,8 @@ class ShardWriter:
         """Stop here: the open shard is dropped, whole shards and the journal stay for the next attempt."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # a full disk, say: the file goes anyway
-                self._tar.close()
+                if self._tar is not None:
+                    self._tar.close()
                 self._file.stream.close()
             (self.folder / (self._name + ".part")).unlink(missing_ok=True)
             self._tar = self._file = None
