@@ -20,8 +20,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from letit_dist.errors import UserError, reports_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from letit_dist.evaluation.features import Features
+    from letit_dist.evaluation.image_sets import ImageSet
+    from letit_dist.evaluation.protocols import ProtocolConfig
 
 PROTOCOLS = Path(__file__).resolve().parent.parent / "configs" / "eval"
 # What a protocol decides, and its options.
@@ -63,10 +71,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def settle(args: argparse.Namespace):
+def settle(args: argparse.Namespace) -> ProtocolConfig | None:
     """Fill in what was not given: from the protocol, which then allows nothing else, or the defaults."""
     protocol = None
-    chosen = dict(DECIDED)
+    chosen: dict[str, Any] = dict(DECIDED)
     if args.protocol:
         from letit_dist.evaluation.protocols import load_protocol
 
@@ -82,12 +90,17 @@ def settle(args: argparse.Namespace):
     return protocol
 
 
-def open_sides(args: argparse.Namespace, faithful: bool, device):
-    """(A, B or the folder of its stored features)."""
+def open_sides(args: argparse.Namespace, faithful: bool, device: torch.device) -> tuple[ImageSet, ImageSet | Features]:
+    """(A, B or its stored features)."""
+    from letit_dist.evaluation.features import read_stored
     from letit_dist.evaluation.image_distances import faithfulness
     from letit_dist.evaluation.image_sets import TranslatedImages, open_image_set
 
-    b = Path(args.b.removeprefix("stored:")) if args.b.startswith("stored:") else open_image_set(args.b, args.resize)
+    b: ImageSet | Features
+    if args.b.startswith("stored:"):
+        b = read_stored(Path(args.b.removeprefix("stored:")))
+    else:
+        b = open_image_set(args.b, args.resize)
     if not args.a.startswith("run:"):
         if args.source or args.outputs != 1 or args.to or args.origin or args.autoencoder:
             raise UserError("--source, --outputs, --to, --from and --autoencoder need A to be run:RUN")
@@ -121,21 +134,21 @@ def main(argv: list[str] | None = None) -> int:
     args.metrics = metrics_for(args.extractor, args.metrics)
     rank, world, device, gather = join_ranks()
     a, b = open_sides(args, protocol is not None and protocol.faithfulness, device)
-    stored = of.read_stored(b) if isinstance(b, Path) else None
+    stored = b if isinstance(b, of.Features) else None
     if stored and args.reference:
         raise UserError("--reference has no effect with B stored: leave it out")
-    counts = len(a), len(stored or b)
+    counts = len(a), len(b)
     given = {name: getattr(args, name) for name in ("kid_subsets", "kid_subset_size", "equal_n")}
     options = FidelityOptions(metrics=args.metrics, seeds=tuple(args.seeds), **given)
     options.check(*counts)
     if protocol:
-        splits = a.split, None if stored else b.split
+        splits = a.split, None if isinstance(b, of.Features) else b.split
         protocol.check(sources=counts[0] // args.outputs, outputs=args.outputs, reference=counts[1], splits=splits)
     choice = {"layer": args.layer, "logits": "isc" in args.metrics, "random_weights": args.random_weights}
     choice["sha256"] = args.weights_sha256
     extractor = open_extractor(args.extractor, folder=weights_folder(args.weights), **choice).to(device)
-    if stored:
-        of.check_alike(of.stamp_of(a, extractor), stored.stamp)
+    if isinstance(b, of.Features):
+        of.check_alike(of.stamp_of(a, extractor), b.stamp)
     elif args.reference:
         stored = of.reuse(args.reference, of.stamp_of(b, extractor))
     notices = [
@@ -150,12 +163,13 @@ def main(argv: list[str] | None = None) -> int:
 
     begun, kept = time.perf_counter(), []
 
-    def features(images):
+    def features(images: ImageSet) -> of.Features:
         beside = getattr(images, "beside", None) is not None
         kept.append(of.working_folder(args.out, of.stamp_of(images, extractor), choice["logits"], beside))
         return of.gather_features(images, extractor, gather, rank=rank, world=world, keep=kept[-1])
 
-    made, real = features(a), stored or features(b)
+    made = features(a)
+    real = b if isinstance(b, of.Features) else stored or features(b)
     if rank > 0:
         return 0
     if args.reference and not stored:

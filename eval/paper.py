@@ -34,8 +34,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from letit_dist.errors import UserError, reports_errors
+
+if TYPE_CHECKING:
+    from letit_dist.data.inputs import Images
+    from letit_dist.evaluation.energy_run import EnergyRun
+    from letit_dist.evaluation.translating import TranslateOptions
 
 EVAL = Path(__file__).resolve().parent.parent / "configs" / "eval"
 TABLES = {"table3": "FID", "table5": "KID, FID, days, memory", "table6": "parameters, days", "table8": "codebooks"}
@@ -155,7 +161,7 @@ def shift(args: argparse.Namespace) -> None:
     tell(write_shift(runs, sides, args.out, count=args.count, seed=args.seed), args.out)
 
 
-def moved(args: argparse.Namespace) -> tuple:
+def moved(args: argparse.Namespace) -> tuple[EnergyRun, Images, TranslateOptions]:
     """The run, the images and the options of the figures that translate images."""
     given, out = args.input.resolve(), args.out.resolve()
     if out == (given.parent if given.is_file() else given) or given in out.parents:

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     paths, missing = of.find_backbones(weights_folder(args.weights), of.NETS if args.lpips is None else args.lpips)
     for line in missing:
         print(f"notice: {line}", file=sys.stderr)
-    nets = {net: PerceptualLoss(path, net=net).to(device).network for net, path in paths.items()}
+    nets: dict[str, of.Distance] = {net: PerceptualLoss(path, net).to(device).network for net, path in paths.items()}
     autoencoder.to(device)
     parts = []
     for number, dataset in enumerate(datasets):

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from letit_dist.errors import UserError, reports_errors
 
@@ -43,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv) if argv and argv[0] == "step" else parser.parse_args(argv)
 
 
-def data(args: argparse.Namespace) -> list[dict]:
+def data(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of ranks."""
     from letit_dist.data.index import Index
     from letit_dist.data.simulation import Layout, simulate
@@ -70,19 +72,22 @@ def data(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def step(args: argparse.Namespace) -> list[dict]:
+def step(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each level and number of ranks that the level's batch divides over."""
     from letit_dist.autoencoders.base import build_autoencoder
     from letit_dist.config import PretrainConfig, by_level, load_config
+    from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
     from letit_dist.training.scaling import Cluster, efficiency, step_costs
 
     config = load_config(PretrainConfig, args.config, args.overrides)
     training, levels = config.training, config.recipe.levels(config.autoencoder)
 
-    def build():
+    recipe_class: Callable[..., Recipe] = RECIPES.get(config.recipe.kind)
+
+    def build() -> Recipe:
         model = build_autoencoder(config.autoencoder)
-        return RECIPES.get(config.recipe.kind)(config.recipe, model, seed=training.seed, precision=training.precision)
+        return recipe_class(config.recipe, model, seed=training.seed, precision=training.precision)
 
     cluster = Cluster(args.operations, args.inside, args.between, args.machine, args.latency)
     batches = by_level(training.batch, len(levels), "training.batch")

@@ -38,9 +38,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="also write DIR/DATE-NAME.md")
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
-        about = {"help": module.__doc__.splitlines()[0], "description": module.__doc__}
-        shape = {"parents": [common], "formatter_class": argparse.RawDescriptionHelpFormatter}
-        module.options(commands.add_parser(name, **about, **shape))
+        about = module.__doc__ or ""
+        shape = argparse.RawDescriptionHelpFormatter
+        module.options(
+            commands.add_parser(
+                name, help=about.splitlines()[0], description=about, parents=[common], formatter_class=shape
+            )
+        )
     return parser.parse_args(argv)
 
 

@@ -31,8 +31,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 from letit_dist.errors import UserError, reports_errors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from letit_dist.data.reader import ShardDataset
+    from letit_dist.evaluation.attributes import Examples
+    from letit_dist.evaluation.extractors import Extractor
+    from letit_dist.evaluation.kept import Keeper
 
 BASELINES = ("mean-shift", "gaussian", "lightsb")
 
@@ -63,22 +72,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def instruments(args: argparse.Namespace, sides: list, examples, folder: Path, device: str) -> tuple[dict, list]:
-    """What measures beside the first judge, as far as it was asked for and its weights are there; and notices."""
+class Instruments(TypedDict, total=False):
+    """What measures beside the first judge, by the names that `score_translations` has for it."""
+
+    extractor: Extractor
+    perceptual: dict[str, nn.Module]
+    keeper: Keeper
+
+
+def instruments(
+    args: argparse.Namespace, sides: list[ShardDataset], examples: Examples, folder: Path, device: str
+) -> tuple[Instruments, list[str]]:
+    """The instruments that were asked for, as far as their weights are there; and notices."""
     from letit_dist.evaluation.extractors import open_extractor
     from letit_dist.evaluation.kept import load_or_train_keeper
     from letit_dist.evaluation.reconstruction import find_backbones
     from letit_dist.evaluation.weights import weights_folder
     from letit_dist.losses.perceptual import PerceptualLoss
 
-    found, weights = {}, weights_folder(args.weights)
+    found: Instruments = {}
+    weights = weights_folder(args.weights)
     if args.extractor:
         choice = {"folder": weights, "random_weights": args.random_weights}
         found["extractor"] = open_extractor(args.extractor, **choice).to(device)
     paths, missing = find_backbones(weights, args.lpips)
     if args.random_weights:
         missing = [*missing, "--random-weights: FID and KID are valid for nothing"]
-    found["perceptual"] = {net: PerceptualLoss(path, net=net).to(device).network for net, path in paths.items()}
+    found["perceptual"] = {net: PerceptualLoss(path, net).to(device).network for net, path in paths.items()}
     if args.keep:
         given = {"table": args.table, "steps": args.judge_steps, "seed": args.seed}
         found["keeper"] = load_or_train_keeper(args.keep, sides, examples, folder, **given).to(device)
@@ -118,9 +138,18 @@ def main(argv: list[str] | None = None) -> int:
     options, notices = instruments(args, [source, target], examples, folder.with_name(f"{folder.name}-kept"), device)
     judge = load_or_train_judge(examples, folder, steps=args.judge_steps, seed=args.seed).to(device)
     names = dict(zip(BASELINES, NAMES, strict=True))
-    options |= {"batch": args.batch, "seed": args.seed, "baselines": [names[name] for name in args.baselines]}
-    options["real"] = read_pixels(real) if real else None
-    result = score_translations(translator, judge, examples, test, pairs, **options)
+    result = score_translations(
+        translator,
+        judge,
+        examples,
+        test,
+        pairs,
+        batch=args.batch,
+        seed=args.seed,
+        baselines=[names[name] for name in args.baselines],
+        real=read_pixels(real) if real else None,
+        **options,
+    )
     write_report(result, out)
     print(result.table())
     for line in notices:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(import_weights(args.files, folder)))
         return 0
     if args.command == "list":
-        rows = [
+        rows: list[dict[str, str | None]] = [
             {
                 "key": file.key,
                 "file": file.name,

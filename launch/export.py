@@ -31,9 +31,14 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from letit_dist.errors import UserError, reports_errors
+
+if TYPE_CHECKING:
+    from letit_dist.autoencoders.base import Autoencoder
 
 # Options that only some kinds take, when they are read.
 _FROZEN = ("scale", "shift", "tile")
@@ -104,6 +109,7 @@ def read(args: argparse.Namespace) -> None:
     if args.read == "energy":
         read_energy(args)
         return
+    model: Autoencoder
     if args.read == "alae":
         from letit_dist.interchange.alae import import_alae
 
@@ -138,7 +144,7 @@ def read(args: argparse.Namespace) -> None:
     print(f"{args.out}: autoencoder {model.fingerprint()}, latents {model.latent_shape}")
 
 
-def read_arguments(text: str | None) -> dict:
+def read_arguments(text: str | None) -> dict[str, Any]:
     """--arguments as the key that `import_custom` takes."""
     try:
         found = json.loads(text or "{}")
@@ -193,6 +199,7 @@ def write(args: argparse.Namespace) -> None:
     model = load_energy(folder) if args.write == "energy" else load_autoencoder(folder)
     if args.write != "energy" and model.config.kind != args.write:
         raise UserError(f"{folder} holds an autoencoder of kind {model.config.kind}, not {args.write}")
+    exporters: dict[str, Callable[[Any], dict[str, Any]]]
     exporters = {"alae": export_alae, "vqvae2": export_vqvae2, "beta_vae": export_beta_vae, "energy": export_energy}
     published = exporters[args.write](model)
     packed = io.BytesIO()

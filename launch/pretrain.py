@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from letit_dist.errors import UserError, reports_errors
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if config.recipe.kind == "latent_energy":
         raise UserError("recipe.kind: latent_energy trains energies (launch/train_energy.py), not autoencoders")
-    recipe_class = RECIPES.get(config.recipe.kind)
+    recipe_class: Callable[..., Recipe] = RECIPES.get(config.recipe.kind)
     if problems := config.recipe.problems(config.autoencoder, config.training):
         raise UserError("\n".join(problems))
     levels = config.recipe.levels(config.autoencoder)

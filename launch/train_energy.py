@@ -48,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.evaluation.latents import all_latents, compare, measure_unit
     from letit_dist.evaluation.tables import markdown
     from letit_dist.pretrained import find_folder
-    from letit_dist.registry import RECIPES
+    from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe
     from letit_dist.training.feeds import LatentFeed
     from letit_dist.training.plan import plan_batches
     from letit_dist.training.run import export, open_run
     from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
     from letit_dist.training.trainer import Trainer
 
-    if config.recipe.kind != "latent_energy":
+    if not isinstance(config.recipe, LatentEnergyConfig):
         raise UserError(f"recipe.kind: {config.recipe.kind} trains autoencoders (launch/pretrain.py), not energies")
     if problems := config.recipe.problems(None, config.training):
         raise UserError("\n".join(problems))
@@ -77,9 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         for source, target in feed.pairs
     }
-    named = conditions_of(config.energy.condition_on, feed.names) if config.data.domains else []
+    on = config.energy.condition_on
+    named = [] if on is None else conditions_of(on, feed.names)
     seed_weights(config.training.seed)
-    recipe = RECIPES.get(config.recipe.kind)(
+    recipe = LatentEnergyRecipe(
         config.recipe,
         build_energy(config.energy, autoencoder.latent_shape, measured_unit=unit, conditions=named),
         autoencoder,
@@ -109,12 +110,13 @@ def main(argv: list[str] | None = None) -> int:
         ends = {"domains": feed.names} if config.data.domains else {"source": feed.names[0], "target": feed.names[1]}
         export(trainer, autoencoder_fingerprint=fingerprint, **ends)
         with trainer.whole_trained() as trained:
+            assert isinstance(trained, LatentEnergyRecipe)
             for direction, (source, target) in zip(trained.directions(), feed.pairs, strict=True):
                 if not trainer.is_main:
                     break
-                ends = (all_latents(autoencoder, sides[side], most=512) for side in (source, target))
+                starts, goals = (all_latents(autoencoder, sides[side], most=512) for side in (source, target))
                 print(f"{feed.names[source]} to {feed.names[target]}")
-                print(markdown(compare(direction.energy, direction.methods, *ends, unit)))
+                print(markdown(compare(direction.energy, direction.methods, starts, goals, unit)))
     accelerator.end_training()
     return code
 

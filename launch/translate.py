@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     images = open_images(args.input, translator.autoencoder.config.resolution, args.limit, args.max_bad_fraction)
     classifier = None
     if args.strength == "auto":
+        assert translator.origin is not None
         classifier = EnergyRun(translator.origin, translator).fit_classifier(args.latents)
         print(f"a classifier of latents tells the domains apart with accuracy {classifier.accuracy:.3f}")
     options = TranslateOptions(

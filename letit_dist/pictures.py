@@ -43,7 +43,9 @@ def visible_size(resolution: int, least: int = 96) -> int:
     return resolution * max(1, -(-least // resolution))
 
 
-def grid(rows: Mapping[str, Sequence[Tensor]], *, cell: int | None = None, title: str | None = None) -> Image.Image:
+def grid(
+    rows: Mapping[str, Sequence[Tensor] | Tensor], *, cell: int | None = None, title: str | None = None
+) -> Image.Image:
     """A sheet: each row's name, then its images (B, 3, H, W) in [-1, 1] or uint8."""
     cell = cell or visible_size(next(iter(rows.values()))[0].shape[-1])
     font = _font(max(12, cell // 8))

@@ -160,6 +160,7 @@ class ALAE(Autoencoder):
     )
     decodes_with_noise: ClassVar[bool] = True
     config: ALAEConfig
+    w_mean: Tensor
 
     def __init__(self, config: ALAEConfig):
         super().__init__(config)

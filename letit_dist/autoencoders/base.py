@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
 from letit_dist import hub, pretrained, rng
 from letit_dist.cards import Card
@@ -79,11 +79,16 @@ class Autoencoder(nn.Module):
         shapes = enumerate(self.noise_shapes())
         return [rng.normal(shape, seed, f"decoder noise {i}", places, device=device) for i, shape in shapes]
 
-    def encode_codes(self, images: Tensor) -> dict[str, LongTensor]:
+    @property
+    def codebook_size(self) -> int:
+        """How many codes there are; only where `stores_codes`."""
+        raise NotImplementedError(f"{type(self).__name__} has no codes")
+
+    def encode_codes(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) to integer maps by name, each (B, ...); only where `stores_codes`."""
         raise NotImplementedError(f"{type(self).__name__} has no codes")
 
-    def latents_from_codes(self, codes: dict[str, LongTensor]) -> Tensor:
+    def latents_from_codes(self, codes: dict[str, Tensor]) -> Tensor:
         """The latents (B, *latent_shape) that `encode` gives for the images of these codes."""
         raise NotImplementedError(f"{type(self).__name__} has no codes")
 

@@ -54,6 +54,7 @@ class BetaVAE(Autoencoder):
             # The published code tests for Conv2d, which a transposed convolution is not: those keep torch's start.
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight)
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:

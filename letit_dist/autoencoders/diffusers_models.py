@@ -30,7 +30,7 @@ class DiffusersConfig(FrozenConfig):
     settings: dict[str, Any] = Field({}, description="its arguments in diffusers, as in its config.json")
 
 
-def diffusers_class(name: str) -> type:
+def diffusers_class(name: str) -> type[Any]:
     """The class in diffusers; raises UserError where diffusers is missing."""
     try:
         import diffusers
@@ -69,7 +69,7 @@ class DiffusersAutoencoder(Frozen):
     def __init__(self, config: DiffusersConfig):
         super().__init__(config)
         made_by, settings = diffusers_class(config.model), config.settings
-        known = set(inspect.signature(made_by.__init__).parameters) - {"self"}
+        known = set(inspect.signature(made_by).parameters)
         if unknown := sorted(set(settings) - known):
             raise UserError(
                 f"diffusers.settings: this version's {config.model} has no {', '.join(unknown)} "

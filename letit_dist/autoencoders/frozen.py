@@ -116,12 +116,13 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tens
     side, shared = x.shape[-1], tile // 4
     # The last tile ends where the image ends, and so may share more.
     starts = sorted({*range(0, side - tile, tile - shared), side - tile})
-    total = weights = None
+    total: Tensor | None = None
+    weights: Tensor | None = None
     for top, left in product(starts, starts):
         part = function(x[..., top : top + tile, left : left + tile])
         # A cell of latents is several pixels: one of the two numbers is 1.
         up, down = max(1, part.shape[-1] // tile), max(1, tile // part.shape[-1])
-        if total is None:
+        if total is None or weights is None:
             total = part.new_zeros(*part.shape[:2], side * up // down, side * up // down, dtype=torch.float32)
             weights = part.new_zeros(side * up // down, side * up // down, dtype=torch.float32)
         size, strip = part.shape[-1], shared * up // down
@@ -137,6 +138,7 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tens
         )
         total[place] += part * weight
         weights[place] += weight
+    assert total is not None and weights is not None
     return total / weights
 
 

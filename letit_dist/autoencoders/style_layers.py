@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,9 @@ class Equalized(nn.Module):
     and scales them in every forward pass instead; the two agree up to Adam's eps, this one costs nothing.
     """
 
-    def __init__(self, shape: tuple[int, ...], fan_in: int, *, bias: int, gain: float = math.sqrt(2), lrmul=1.0):
+    def __init__(
+        self, shape: tuple[int, ...], fan_in: int, *, bias: int, gain: float = math.sqrt(2), lrmul: float = 1.0
+    ):
         super().__init__()
         std = gain / math.sqrt(fan_in)
         self.weight = nn.Parameter(torch.randn(shape) * std)
@@ -107,14 +110,14 @@ class _Blur(torch.autograd.Function):
     """The kernel is symmetric, so the gradient is blurred in turn, and nothing is kept for it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         if x.device.type == "cpu":  # up to ten times as fast as means here
             return F.conv2d(x, _BLUR.to(x.dtype).expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
         # Two 2x2 means in a row are that kernel.
         return F.avg_pool2d(F.avg_pool2d(x, 2, stride=1, padding=1), 2, stride=1)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Blur.apply(gradient)
 
 
@@ -138,7 +141,7 @@ class _Moments(torch.autograd.Function):
     The map itself is kept, which LeakyReLU keeps anyway, and no copy in float32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         if x.device.type == "cpu":  # var_mean's single pass is not vectorised: it takes five times as long
             mean = x.mean((2, 3), keepdim=True, dtype=dtype)
@@ -149,7 +152,7 @@ class _Moments(torch.autograd.Function):
         return mean, variance
 
     @staticmethod
-    def backward(ctx, of_mean: Tensor, of_variance: Tensor) -> Tensor:
+    def backward(ctx: Any, of_mean: Tensor, of_variance: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]
         slope = of_variance * (2 / pixels)

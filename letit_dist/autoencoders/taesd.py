@@ -104,8 +104,8 @@ class TAESD(Frozen):
             self.encoder.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False) if level else first)
             self.encoder.extend(Block(width, branch) for _ in range(blocks))
         self.encoder.append(nn.Conv2d(width, config.latent_channels, 3, padding=1))
-        first = [_Bound(), nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-        self.decoder = nn.Sequential(*first)
+        start = [_Bound(), nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+        self.decoder = nn.Sequential(*start)
         for level, (blocks, branch) in enumerate(zip(config.decoder_blocks, config.decoder_branches, strict=True)):
             if level:
                 self.decoder.extend([nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)])

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
 from letit_dist.autoencoders.base import Autoencoder, AutoencoderConfig
 from letit_dist.autoencoders.layers import StridedDecoder, StridedEncoder
@@ -107,7 +107,11 @@ class VQVAE2(Autoencoder):
         """Images (B, 3, H, W) to quantised latents (B, 2 * code_dim, H/4, W/4); no gradient to the images."""
         return self.latents_from_codes(self.encode_codes(images))
 
-    def encode_codes(self, images: Tensor) -> dict[str, LongTensor]:
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codes
+
+    def encode_codes(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) to {"top": (B, H/8, W/8), "bottom": (B, H/4, W/4)}."""
         self.check_images(images)
         bottom = self.bottom_encoder(images)
@@ -116,7 +120,7 @@ class VQVAE2(Autoencoder):
         bottom = self.bottom_quantizer.lookup(self.bottom_projection(torch.cat([context, bottom], 1)))
         return {"top": top, "bottom": bottom}
 
-    def latents_from_codes(self, codes: dict[str, LongTensor]) -> Tensor:
+    def latents_from_codes(self, codes: dict[str, Tensor]) -> Tensor:
         """{"top": (B, H/8, W/8), "bottom": (B, H/4, W/4)} to latents (B, 2 * code_dim, H/4, W/4).
 
         Raises UserError for missing maps, other shapes, and codes that the codebook does not have.

@@ -39,6 +39,9 @@ class Encoder(Weighted, Protocol):
     config: Any
     stores_codes: ClassVar[bool]
 
+    @property
+    def codebook_size(self) -> int: ...
+
     def encode(self, images: Tensor) -> Tensor: ...
 
     def encode_codes(self, images: Tensor) -> dict[str, Tensor]: ...
@@ -100,7 +103,7 @@ def _view(pixels: Tensor, samples: Tensor, name: str, seed: int) -> Tensor:
 
 
 def _codebook_size(autoencoder: Encoder) -> int | None:
-    return autoencoder.config.codes if autoencoder.stores_codes else None
+    return autoencoder.codebook_size if autoencoder.stores_codes else None
 
 
 @dataclass(frozen=True)

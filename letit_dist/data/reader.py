@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from letit_dist.data.remote import BlockCache, RemoteShard, is_url, read_index
 from letit_dist.data.sizes import choose, images_of
 from letit_dist.data.transforms import UnreadableImage
 from letit_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from letit_dist.data.foreign import ForeignStream
 
 OPEN_FILES = 256  # a process: well below the usual limit of 1024, several streams included
 REPLACEMENTS = 32
@@ -373,7 +376,7 @@ def chunks(dataset: Readable, cuts: Sequence[np.ndarray], workers: int = 0) -> I
 
 def open_stream(
     paths: Sequence[str | Path], *, scaled_decode: bool = False, cache: BlockCache | None = None, **options: Any
-) -> Any:
+) -> ImageStream | ForeignStream:
     """ImageStream over indexed folders, ForeignStream over tars without an index; the same options and batches."""
     from letit_dist.data.foreign import ForeignStream, is_foreign
 

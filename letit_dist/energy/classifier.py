@@ -45,7 +45,7 @@ class LatentClassifier:
         scale = float(gram.diagonal().mean())
         if scale == 0:
             raise UserError("a latent classifier cannot tell apart domains whose latents are all equal")
-        best = None
+        best: tuple[float, float, Tensor] | None = None
         for strength in _STRENGTHS.tolist():
             inverse = (vectors / (values.clamp_min(0) + strength * scale)) @ vectors.t()
             dual = inverse @ goal
@@ -55,6 +55,7 @@ class LatentClassifier:
                 right = ((goal - left_out) * goal > 0).double()
                 accuracy = float((right[: counts[0]].mean() + right[counts[0] :].mean()) / 2)
                 best = (error, accuracy, dual)
+        assert best is not None
         _, accuracy, dual = best
         return cls((x.t() @ dual).float(), mean.float(), accuracy)
 

@@ -46,7 +46,7 @@ class GaussianTransport:
             raise UserError(f"Gaussian transport: source latents are {tuple(shape)}, target {tuple(y.shape[1:])}")
         if min(len(x), len(y)) < 2:
             raise UserError(f"Gaussian transport: needs 2 samples a side, got {len(x)} and {len(y)}")
-        means = [rows.mean(0, dtype=torch.float64) for rows in (x, y)]
+        source_mean, target_mean = (rows.mean(0, dtype=torch.float64).float() for rows in (x, y))
         if diagonal is None:
             diagonal = len(shape) > 1
         if diagonal:
@@ -56,7 +56,7 @@ class GaussianTransport:
             raise UserError(f"Gaussian transport: {math.prod(shape)} dimensions, a full covariance has at most {LIMIT}")
         else:
             stretch = _stretch(*(covariance(rows.flatten(1)) for rows in (x, y)))
-        return cls(*(mean.float() for mean in means), stretch.float())
+        return cls(source_mean, target_mean, stretch.float())
 
     def translate(self, latents: Tensor, *, strength: float = 1.0) -> Tensor:
         """Latents (B, *L), moved by `strength` times the way to their image (McCann's interpolation)."""

@@ -179,15 +179,17 @@ class Translator:
             return result
         last = walk(result.latents, whole, 1, None)
         end = result.latents.lerp(last.latents, fraction)
-        shift, steps = result.shift + fraction * last.shift, result.steps + last.steps
+        assert result.shift is not None and last.shift is not None
+        shift, taken = result.shift + fraction * last.shift, result.steps + last.steps
         if watch is not None:
             watch(end)
         if not keep_path:
-            return LangevinResult(end, shift, steps)
+            return LangevinResult(end, shift, taken)
         with lowered(self.precision, self.device):
             energy_at_end = self.energy(end).detach().unsqueeze(0)
+        assert result.path is not None and result.energies is not None
         path = torch.cat([result.path, end.unsqueeze(0)])
-        return LangevinResult(end, shift, steps, path, torch.cat([result.energies, energy_at_end]))
+        return LangevinResult(end, shift, taken, path, torch.cat([result.energies, energy_at_end]))
 
     @torch.no_grad()
     def translate(
@@ -221,14 +223,16 @@ class Translator:
 
         def decode(latents: Tensor) -> Tensor:
             nonlocal state
-            if decoder_generator is not None and state is None:
-                state = decoder_generator.get_state()
-            elif decoder_generator is not None:
-                decoder_generator.set_state(state)
+            if decoder_generator is not None:
+                if state is None:
+                    state = decoder_generator.get_state()
+                else:
+                    decoder_generator.set_state(state)
             return self.decode(latents, noise=decoder_noise, generator=decoder_generator)
 
         def watch(latents: Tensor) -> None:
             nonlocal frame
+            assert on_frame is not None
             frame = None  # before the next one is made
             frame = decode(latents)
             on_frame(frame)
@@ -244,9 +248,11 @@ class Translator:
             watch=None if on_frame is None else watch,
             until=until,
         )
+        assert result.shift is not None
         if not keep_path:
             images = decode(result.latents) if frame is None else frame
             return Translation(images, result.latents, source, result.shift, result.steps)
+        assert result.path is not None
         frames = torch.stack([decode(latents) for latents in result.path])
         return Translation(frames[-1], result.latents, source, result.shift, result.steps, result.path, frames)
 

@@ -155,6 +155,7 @@ def train_judge(examples: Examples, *, steps: int = 300, batch: int = 64, seed: 
         logits = judge.classifier(images).squeeze(1)
         loss = F.binary_cross_entropy_with_logits(logits, examples.domain[rows].float())
         if judge.regressor is not None:
+            assert examples.factors is not None
             loss = loss + 10 * F.mse_loss(judge.regressor(images), examples.factors[rows])
         return loss
 

@@ -94,7 +94,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile, interpolated between the values."""
     if len(values) == 1:
         return (values[0],) * 3
-    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def clock(device: torch.device | str) -> Clock:
@@ -192,8 +193,8 @@ def measure(
     )
     # After the timing: by now everything lives that is made once, such as the optimisers' state.
     taken = match.memory or memory
-    peaks = (taken(match.naive, device), taken(match.ours, device)) if with_memory else None
-    known = None if peaks is None or None in peaks else peaks
+    naive, ours = (taken(match.naive, device), taken(match.ours, device)) if with_memory else (None, None)
+    known = None if naive is None or ours is None else (naive, ours)
     return Result(match.name, pairs, known, agreement, match.images, match.target)
 
 

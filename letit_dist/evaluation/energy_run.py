@@ -97,7 +97,8 @@ def open_run(
     """The energy among these that goes `to` this domain from `source`, on the GPU if there is one; see
     `choose_translator`."""
     translator = choose_translator(energies, autoencoder, to, source)
-    return EnergyRun(Path(translator.origin), translator.to("cuda" if torch.cuda.is_available() else "cpu"))
+    assert translator.origin is not None
+    return EnergyRun(translator.origin, translator.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def open_back(forth: EnergyRun, energy: str, autoencoder: str | None = None) -> EnergyRun:

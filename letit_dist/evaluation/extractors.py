@@ -103,12 +103,16 @@ class Extractor(nn.Module):
         if self.kind in PUBLISHED:
             return {"features": self.network(_as_published(pixels, PUBLISHED[self.kind]).to(device))}
         if self.kind == "torchvision":
-            return {"features": self._observe(self.network.avgpool, _imagenet(pixels).to(device)).flatten(1)}
+            return {
+                "features": self._observe(self.network.get_submodule("avgpool"), _imagenet(pixels).to(device)).flatten(
+                    1
+                )
+            }
         if self.kind == "compat":
             return self._named(self.network(pixels.to(device)))
         prepared = {"clean": _clean, "pytorch-fid": _plain}[self.kind](pixels).to(device)
         # The network's own front end takes uint8 alone: what its first layer gets is replaced behind it.
-        first = self.network.Conv2d_1a_3x3
+        first = self.network.get_submodule("Conv2d_1a_3x3")
         hook = first.register_forward_pre_hook(lambda *_: (prepared,))
         try:
             return self._named(self.network(pixels.new_zeros(len(pixels), 3, _SIDE, _SIDE).to(device)))

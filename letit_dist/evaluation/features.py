@@ -117,7 +117,7 @@ def assemble(shares: Sequence[Share], stamp: dict[str, Any]) -> Features:
 def gather_features(
     images: ImageSet,
     extractor: Extractor,
-    gather: Callable[[object], list],
+    gather: Callable[[object], list[Any]],
     *,
     rank: int = 0,
     world: int = 1,

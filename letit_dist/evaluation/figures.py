@@ -84,6 +84,7 @@ def energy_curve(
     """The energy along one path as a picture `height` pixels high, with a point at every step whose frame is shown;
     `limits` are the lowest and the highest energy of all paths, which get one scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(3.2, 2.1)
     # In proportion to the frames beside it, letters too.
@@ -93,7 +94,9 @@ def energy_curve(
     axis.plot([steps[t] for t in shown], [energies[t] for t in shown], "o", c=ORANGE, mec="black", mew=0.5)
     room = 0.08 * (limits[1] - limits[0]) or 1.0
     axis.set(xlabel="step", ylabel="energy", ylim=(limits[0] - room, limits[1] + room))
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    places = axis.xaxis.get_major_locator()
+    assert isinstance(places, MaxNLocator)
+    places.set_params(integer=True)
     axis.grid(alpha=0.4)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

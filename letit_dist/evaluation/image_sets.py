@@ -64,7 +64,8 @@ class _Real(ImageSet):
             raise UserError(f"{self._place(row)}: {error}: it would be missing from the score") from None
         if self.side is not None:
             return resize_pixels(pixels[None], self.side)[0] if pixels.shape[1:] != (self.side,) * 2 else pixels
-        self.check_size(tuple(pixels.shape[1:]), row)
+        height, width = pixels.shape[1:]
+        self.check_size((height, width), row)
         return pixels
 
     def check_size(self, size: tuple[int, int], row: int) -> None:

@@ -82,9 +82,10 @@ def read_column(dataset: ShardDataset, name: str, table: Path | None = None) -> 
             value: Any = known.get(Path(str(note.get("file", dataset.key(row)))).stem)
         else:
             value = note.get(name)
-            for step in name.split(".") if value is None else ():
-                note = note.get(step) if isinstance(note, dict) else None
+            if value is None:
                 value = note
+                for step in name.split("."):
+                    value = value.get(step) if isinstance(value, dict) else None
         if value is None or isinstance(value, (dict, list)) or value == "":
             where = str(table) if table else f"it has {', '.join(_columns(dataset.json(row))) or 'none'}"
             raise UserError(f"--keep {name}: no such value for {dataset.place(row)} ({where})")

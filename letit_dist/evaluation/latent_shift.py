@@ -91,6 +91,7 @@ def measure_shift(
             for latents in chunk.split(at_once):
                 places = range(progress.done, progress.done + len(latents))
                 shift = translator.transport(latents, noise=translator.noise(seed, places)).shift
+                assert shift is not None
                 if not shift.isfinite().all():
                     raise UserError(f"the chain from latents of {side.folder} leaves the finite numbers")
                 total += shift.sum(0, dtype=torch.float64).cpu()
@@ -101,11 +102,12 @@ def measure_shift(
 
 
 def _examples(translator: Translator, side: LatentSet, count: int, seed: int) -> list[Example]:
-    found = []
+    found: list[Example] = []
     for chunk in all_latents(translator.autoencoder, side, most=count):
         for latents in chunk.split(1):
             place = [len(found)]
             chain = translator.transport(latents, noise=translator.noise(seed, place))
+            assert chain.shift is not None
             noise = translator.autoencoder.decoder_noise(seed, place)
             # One by one, and as pixels: at 1024 pixels a decoder's floats fill the memory of a laptop.
             before, after = (to_pixels(translator.decode(z, noise=noise))[0].cpu() for z in (latents, chain.latents))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def compare(
     source: Iterator[Tensor],
     target: Iterator[Tensor],
     unit: float,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """One row a method: mean energy, and kernel distance to half of the target in units of the latents' spread.
 
     The other half of the target stands in the last row: nothing can be expected to be nearer than that.
@@ -87,7 +88,9 @@ def compare(
 
 
 @torch.no_grad()
-def _row(name: str, energy: Callable[[Tensor], Tensor], latents: Tensor, reference: Tensor, unit: float) -> dict:
+def _row(
+    name: str, energy: Callable[[Tensor], Tensor], latents: Tensor, reference: Tensor, unit: float
+) -> dict[str, Any]:
     mean = torch.cat([energy(chunk) for chunk in latents.split(_CHUNK)]).mean()
     return {
         "method": name,

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from letit_dist.config import StrictConfig, load_config, read_tree
 from letit_dist.energy.translate import Translator, open_translators
 from letit_dist.errors import UserError
-from letit_dist.evaluation.extractors import Extractor, open_extractor
+from letit_dist.evaluation.extractors import Extractor, Kind, open_extractor
 from letit_dist.evaluation.features import forget, gather_features, stamp_of, working_folder
 from letit_dist.evaluation.fidelity import FidelityOptions, measure
-from letit_dist.evaluation.image_sets import ShardImages, TranslatedImages, open_image_set
+from letit_dist.evaluation.image_sets import ImageSet, TranslatedImages, open_image_set
 from letit_dist.evaluation.protocols import ProtocolConfig, load_protocol
 from letit_dist.evaluation.report import write_lines
 from letit_dist.evaluation.tables import markdown
@@ -40,6 +40,13 @@ class CellConfig(StrictConfig):
     pair: Pair | None = Field(default=None, description="or this pair alone")
     protocol: str | None = None
     scale: float = 1.0
+
+    @model_validator(mode="after")
+    def _measurable(self) -> CellConfig:
+        missing = [name for name in ("data", "protocol") if getattr(self, name) is None]
+        if self.measure in ("fid", "kid") and missing:
+            raise ValueError(f"measure {self.measure} needs {' and '.join(missing)}")
+        return self
 
     @property
     def pairs(self) -> list[Pair]:
@@ -77,7 +84,7 @@ class Job:
     say: Callable[[str], object] = print
     extractors: dict[str, Extractor] = field(default_factory=dict)
 
-    def extractor(self, kind: str, device: torch.device) -> Extractor:
+    def extractor(self, kind: Kind, device: torch.device) -> Extractor:
         """Opened once."""
         if kind not in self.extractors:
             opened = open_extractor(kind, folder=self.weights, random_weights=self.random_weights)
@@ -125,12 +132,14 @@ def shards_of(data: Path | None, name: str, domain: str, split: str) -> Path:
 
 def measure_pair(job: Job, cell: CellConfig, translator: Translator, pair: Pair) -> dict[str, Any]:
     """The protocol's headline row of one direction, from the record if it stands there."""
+    assert cell.protocol is not None and cell.data is not None
     protocol = load_protocol(cell.protocol, job.protocols)
     source = open_image_set(shards_of(job.data, cell.data, pair[0], protocol.source_split))
     reference = open_image_set(shards_of(job.data, cell.data, pair[1], protocol.reference_split), protocol.resize)
     protocol = _outputs_that_differ(protocol, translator, job.say)
-    given = {"outputs": protocol.outputs, "seed": job.seed, "batch": job.batch, "side": protocol.resize}
-    made = TranslatedImages(translator, source, **given)
+    made = TranslatedImages(
+        translator, source, outputs=protocol.outputs, seed=job.seed, batch=job.batch, side=protocol.resize
+    )
     options = FidelityOptions(
         metrics=(cell.measure,), kid_subsets=protocol.kid.subsets, kid_subset_size=protocol.kid.subset_size
     )
@@ -146,18 +155,20 @@ def measure_pair(job: Job, cell: CellConfig, translator: Translator, pair: Pair)
         if row["identity"] == identity and row["headline"]:
             return row
     kept = [working_folder(job.out, stamp) for stamp in stamps]
-    sides: list[TranslatedImages | ShardImages] = [made, reference]
-    features = [
+    sides: list[ImageSet] = [made, reference]
+    ours, real = (
         gather_features(side, extractor, lambda mine: [mine], keep=keep) for side, keep in zip(sides, kept, strict=True)
-    ]
-    found = measure(*features, options, snapshot=made.snapshot, extra={"identity": identity, "pair": list(pair)})
+    )
+    found = measure(ours, real, options, snapshot=made.snapshot, extra={"identity": identity, "pair": list(pair)})
     new = [protocol.annotate(row) for row in found]
     write_lines([*rows, *new], job.record)
     forget(kept)
     return next(row for row in new if row["headline"])
 
 
-def _outputs_that_differ(protocol: ProtocolConfig, translator: Translator, say: Callable) -> ProtocolConfig:
+def _outputs_that_differ(
+    protocol: ProtocolConfig, translator: Translator, say: Callable[[str], object]
+) -> ProtocolConfig:
     noisy = translator.sampler.config.noise_scale > 0 or translator.autoencoder.decodes_with_noise
     if protocol.outputs == 1 or noisy:
         return protocol
@@ -185,9 +196,14 @@ def _millions(module: torch.nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.3g}"
 
 
+def _run_of(translator: Translator) -> Path:
+    assert translator.origin is not None  # as `open_translators` says
+    return translator.origin
+
+
 def _both_days(translator: Translator) -> str:
-    named = read_tree(translator.origin / "config.yaml")[0].get("autoencoder")
-    parts = (training_days(Path(named)), training_days(translator.origin))
+    run = _run_of(translator)
+    parts = (training_days(Path(read_tree(run / "config.yaml")[0]["autoencoder"])), training_days(run))
     return " + ".join(UNMEASURED if days is None else f"{days:.2g}" for days in parts)
 
 
@@ -209,21 +225,22 @@ def going(runs: Runs, pair: Pair) -> Translator | None:
 
 def measure_cell(job: Job, cell: CellConfig, runs: Runs) -> tuple[Any, dict[str, Any]]:
     """(what the table shows, what its JSON line says) of one cell of our row."""
-    there = [pair for pair in cell.pairs if going(runs, pair)]
+    there = {pair: translator for pair in cell.pairs if (translator := going(runs, pair)) is not None}
     if not there:
         return UNMEASURED, {"value": None}
+    first = next(iter(there.values()))
     if cell.measure == "days":
-        days = training_days(going(runs, there[0]).origin)
+        days = training_days(_run_of(first))
         return (UNMEASURED if days is None else days), {"value": days}
     if cell.measure == "memory":
-        value = _gigabytes(going(runs, there[0]))
+        value = _gigabytes(first)
         return value, {"value": value}
-    rows = [measure_pair(job, cell, going(runs, pair), pair) for pair in there]
+    rows = [measure_pair(job, cell, translator, pair) for pair, translator in there.items()]
     value = cell.scale * math.fsum(row["value"] for row in rows) / len(rows)
     valid = all(row["valid"] for row in rows)
     notes = [f"{len(there)} of {len(cell.pairs)} pairs"] if len(there) < len(cell.pairs) else []
     notes += [] if valid else ["not valid"]
-    details = {"value": value, "valid": valid, "pairs": there, "protocol": rows[0]["protocol"]}
+    details = {"value": value, "valid": valid, "pairs": list(there), "protocol": rows[0]["protocol"]}
     return (f"{value:.4g} ({', '.join(notes)})" if notes else value), details
 
 
@@ -248,7 +265,7 @@ def write_table(name: str, config: Path, runs: Sequence[str], job: Job) -> Itera
         for translator in opened.values():
             counts = " + ".join(map(_millions, (translator.autoencoder, translator.energy)))
             cells = dict(zip(table.columns, (counts, _both_days(translator)), strict=True))
-            rows.append({"method": f"ours: {translator.origin.name}", "from": "counted here", **cells})
+            rows.append({"method": f"ours: {_run_of(translator).name}", "from": "counted here", **cells})
             lines.append({"table": name, "run": str(translator.origin), **cells})
         if not opened:
             rows.append({"method": "ours", "from": "counted here", **dict.fromkeys(table.columns, UNMEASURED)})

@@ -105,6 +105,7 @@ def _run(config: PiesConfig) -> PiesResult:
     def look(epoch: int) -> None:
         chain = sampler.sample(energy, starts)
         result.translated[epoch] = autoencoder.decode(chain.latents).detach()
+        assert chain.shift is not None
         result.shift[epoch] = chain.shift
 
     with Progress("learning the energy", config.epochs) as progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from letit_dist.evaluation.image_distances import psnr, squared_error, ssim
 from letit_dist.evaluation.weights import FILES, find_weights, missing_line
 from letit_dist.pictures import grid, save_picture
 
-NETS = ("alex", "vgg", "squeeze")
-Distances = Mapping[str, Callable[[Tensor, Tensor], Tensor]]  # of images (B, 3, H, W) in [-1, 1]; B numbers
+Net = Literal["alex", "vgg", "squeeze"]
+NETS: tuple[Net, ...] = ("alex", "vgg", "squeeze")
+Distance = Callable[[Tensor, Tensor], Tensor]  # of images (B, 3, H, W) in [-1, 1]; B numbers
 _SHOWN = 8
 
 
@@ -51,13 +52,14 @@ def together(parts: Sequence[Measured]) -> Measured:
     """All data sets as one: every image counts the same."""
     names = [name for name in parts[0].scores if all(name in part.scores for part in parts)]
     scores = {name: torch.cat([part.scores[name] for part in parts]) for name in names}
-    counts = {name: sum(part.counts[name] for part in parts) for name in parts[0].counts}
+    counts = {name: torch.stack([part.counts[name] for part in parts]).sum(0) for name in parts[0].counts}
     return Measured("all", {}, scores, counts)
 
 
-def find_backbones(folder: Path, nets: Sequence[str] = NETS) -> tuple[dict[str, Path], list[str]]:
+def find_backbones(folder: Path, nets: Sequence[Net] = NETS) -> tuple[dict[Net, Path], list[str]]:
     """The weights of LPIPS's backbones by name, as far as `folder` has them, and a line for each that it has not."""
-    found, missing = {}, []
+    found: dict[Net, Path] = {}
+    missing = []
     for net in nets:
         if not (folder / FILES[f"lpips-{net}"].name).is_file():
             missing.append(f"lpips_{net} is left out: {missing_line(f'lpips-{net}', folder)}")
@@ -67,7 +69,9 @@ def find_backbones(folder: Path, nets: Sequence[str] = NETS) -> tuple[dict[str, 
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: Autoencoder, pixels: Tensor, places: Tensor, seed: int = 0) -> tuple[Tensor, dict]:
+def reconstruct(
+    autoencoder: Autoencoder, pixels: Tensor, places: Tensor, seed: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """pixels uint8 (B, 3, H, W) -> images (B, 3, H, W) clipped to [-1, 1], and codes where the autoencoder has them.
 
     The noise of a decoder that needs some is a function of (seed, place), as for translations.
@@ -81,7 +85,11 @@ def reconstruct(autoencoder: Autoencoder, pixels: Tensor, places: Tensor, seed: 
 
 @torch.no_grad()
 def measure_reconstruction(
-    autoencoder: Autoencoder, dataset: ShardDataset, perceptual: Distances | None = None, *, batch: int = 16
+    autoencoder: Autoencoder,
+    dataset: ShardDataset,
+    perceptual: Mapping[str, Distance] | None = None,
+    *,
+    batch: int = 16,
 ) -> Measured:
     """Every image of a data set, in order: `mse` of images in [-1, 1], PSNR, SSIM, and each of the LPIPS distances.
 
@@ -103,8 +111,8 @@ def measure_reconstruction(
             for name, values in parts.items():
                 scores.setdefault(name, []).append(values.cpu())
             for name, values in codes.items():
-                seen = torch.bincount(values.flatten().cpu(), minlength=autoencoder.config.codes)
-                counts[name] = counts.get(name, 0) + seen
+                seen = torch.bincount(values.flatten().cpu(), minlength=autoencoder.codebook_size)
+                counts[name] = counts[name] + seen if name in counts else seen
             progress.step(len(pixels))
     meta = {"domain": index.meta.get("domain"), "split": index.meta.get("split")}
     return Measured(label, meta, {name: torch.cat(values) for name, values in scores.items()}, counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from letit_dist.errors import UserError
 from letit_dist.evaluation.scoring import Scores
@@ -12,7 +13,7 @@ from letit_dist.files import write_atomically
 from letit_dist.pictures import grid, save_picture
 
 
-def write_lines(rows: Sequence[dict], path: Path) -> None:
+def write_lines(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """One JSON line a row, written beside and renamed."""
     try:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ _COLUMNS = (
 class Scores:
     """Rows (one a method) and a few images of each, for the sheet."""
 
-    rows: list[dict]
+    rows: list[dict[str, Any]]
     images: dict[str, Tensor]
 
     def table(self) -> str:
@@ -157,7 +158,7 @@ def score_translations(
         result = method()
         seconds = round(time.perf_counter() - begun, 3)
         row = {"method": name, **judge_images(judge, result, factors, middle), "seconds": seconds}
-        if keeper is not None:
+        if keeper is not None and truth is not None:
             row |= keeper.scores(result, truth)
         if counterparts is not None:
             row["pair_error"] = float((result - counterparts).square().mean().sqrt())

@@ -55,13 +55,13 @@ def _draw_vectors(figure: SubFigure, shift: LatentShift) -> None:
 
 
 def _draw_maps(figure: SubFigure, shift: LatentShift) -> None:
-    upper, lower = figure.subfigures(2, 1, height_ratios=[4, 5.8])
+    (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[4, 5.8])
     many = len(shift.vector) > _BARS
     axes = upper.subplots(2 if many else 1, 1, squeeze=False, height_ratios=[4, 1] if many else [1])[:, 0]
     _bars(axes[0], shift)
     if many:
         _strip(axes[1], shift)
-    left, right = lower.subfigures(1, 2, width_ratios=[4, 6])
+    ((left, right),) = lower.subfigures(1, 2, squeeze=False, width_ratios=[4, 6])
     axis = left.subplots()
     image = axis.imshow(shift.positions.numpy(), cmap="viridis", vmin=0)
     axis.set(xlabel="column", ylabel="row", title="by position")

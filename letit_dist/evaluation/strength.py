@@ -67,7 +67,7 @@ def turn_dial(
         noise = translator.noise(seed, [place])
         decoder_noise = translator.autoencoder.decoder_noise(seed, [place])
 
-        def show(name: str, latents: Tensor, decoder_noise=decoder_noise) -> Tensor:
+        def show(name: str, latents: Tensor, decoder_noise: list[Tensor] | None = decoder_noise) -> Tensor:
             decoded = to_pixels(translator.decode(latents, noise=decoder_noise)).cpu()
             rows.setdefault(name, []).append(decoded[0])
             return decoded.float() / 255

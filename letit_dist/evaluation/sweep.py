@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -36,10 +37,10 @@ class SweepConfig(StrictConfig):
 
 def sweep_table(
     sweep: SweepConfig, datasets: list[ShardDataset], *, batch: int = 16
-) -> tuple[str, list[dict], list[str]]:
+) -> tuple[str, list[dict[str, Any]], list[str]]:
     """(table of the MSE: a row a dimension and a column a size, its cells as rows, commands of runs that are not
     there). Raises UserError for a run whose codebook is another than its place in the grid says."""
-    rows: dict[int, dict] = {}
+    rows: dict[int, dict[str, Any]] = {}
     cells, missing = [], []
     for codes, dim, run, command in sweep.cells():
         row = rows.setdefault(dim, {"dimension \\ codes": dim})

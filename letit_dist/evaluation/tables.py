@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def markdown(rows: Sequence[dict], columns: Sequence[str] | None = None) -> str:
+def markdown(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
     """A Markdown table with aligned columns; a missing value is a dash."""
     columns = list(columns or rows[0])
     cells = [columns, *([_cell(row.get(name)) for name in columns] for row in rows)]

@@ -45,8 +45,7 @@ def follow(
 ) -> Trajectory:
     """Pixels (3, H, W) of one image along its chain; its noise belongs to `place`, as in launch/translate.py."""
     options = options or TranslateOptions()
-    settings = {"steps": options.steps, "step_size": options.step_size, "strength": options.strength}
-    _, whole, fraction = translator.chain(**settings)
+    _, whole, fraction = translator.chain(**options.chain)
     steps = [float(step) for step in range(whole + 1)] + ([whole + fraction] if fraction else [])
     noise = translator.autoencoder.decoder_noise(options.seed, [place])
     energies, frames = [], []
@@ -58,7 +57,7 @@ def follow(
         frames.append(to_pixels(translator.decode(latents, noise=noise))[0].cpu())
 
     start = translator.encode(to_images(pixels[None].to(translator.device)))
-    translator.transport(start, **settings, noise=translator.noise(options.seed, [place]), watch=watch)
+    translator.transport(start, **options.chain, noise=translator.noise(options.seed, [place]), watch=watch)
     return Trajectory(name, steps, energies, frames)
 
 
@@ -75,7 +74,7 @@ def check_trajectories(translator: Translator, options: TranslateOptions, column
         raise UserError(f"--columns must be at least 2, the first and the last step, got {columns}")
     if animation not in ANIMATIONS:
         raise UserError(f"--animation {animation}: known are {', '.join(ANIMATIONS)}")
-    translator.chain(steps=options.steps, step_size=options.step_size, strength=options.strength)
+    translator.chain(**options.chain)
 
 
 def write_trajectories(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from PIL import Image
@@ -23,6 +24,14 @@ from letit_dist.pictures import grid, save_animation, save_picture, strip, to_pi
 _SHEET_COLUMNS = 8
 
 
+class ChainSettings(TypedDict):
+    """Of one chain; None = as the energy was trained."""
+
+    steps: int | None
+    step_size: float | None
+    strength: float
+
+
 @dataclass(frozen=True)
 class TranslateOptions:
     """What to write; None = as the energy was trained."""
@@ -36,6 +45,11 @@ class TranslateOptions:
     batch: int = 16
     seed: int = 0
     classifier: LatentClassifier | None = None  # a chain stops where this says that it has arrived
+
+    @property
+    def chain(self) -> ChainSettings:
+        """How far to walk, as `Translator.transport` and `Translator.chain` take it."""
+        return {"steps": self.steps, "step_size": self.step_size, "strength": self.strength}
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ def _translate(translator: Translator, pixels: Tensor, places: Sequence[int], op
         noise=translator.noise(options.seed, places),
         decoder_noise=noise,
         on_frame=(lambda frame: frames.append(to_pixels(frame).cpu())) if options.path else None,
-        until=options.classifier and options.classifier.is_target,
+        until=options.classifier.is_target if options.classifier else None,
     )
     images, source, steps = to_pixels(result.images).cpu(), result.source_latents, result.steps.tolist()
     del result  # the images as floats, before others are decoded
@@ -131,7 +145,9 @@ def translate_all(
         chunk = planned.images
         yield str(planned)
     source = iter(images)
-    done, sheets, steps = 0, [], []
+    done = 0
+    sheets: list[Path] = []
+    steps: list[int] = []
     waiting: dict[str, list[Tensor]] = {"source": [], "reconstruction": [], "translation": []}
     with Progress("translating", len(images)) as progress:
         while batch := list(islice(source, chunk)):
@@ -139,7 +155,7 @@ def translate_all(
             result = _translate(translator, pixels, range(done, done + len(batch)), options)
             _write(names, result, out, options.format)
             steps += result.steps
-            if options.sheet:
+            if result.reconstructions is not None:
                 waiting["source"] += pixels
                 waiting["reconstruction"] += result.reconstructions
                 waiting["translation"] += result.images

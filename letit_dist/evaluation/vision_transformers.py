@@ -165,7 +165,7 @@ def _fit_positions(network: VisionTransformer, side: int) -> None:
     """
     if network.kind != "dinov2":
         return
-    inside = network.network.embeddings
+    inside: Any = network.network.embeddings
     grid, old = side // PUBLISHED[network.kind].sizes["patch_size"], inside.position_embeddings
     own = round((old.shape[1] - 1) ** 0.5)
     if own == grid:

@@ -51,7 +51,8 @@ class WeightFile:
 
 def _named(key: str, address: str, purpose: str) -> WeightFile:
     """A file whose name ends in the first digits of its hash."""
-    return WeightFile(key, address, re.search(r"-([0-9a-f]{8,})\.\w+$", address).group(1), purpose)
+    digits = address.rpartition("-")[2].partition(".")[0]
+    return WeightFile(key, address, digits, purpose)
 
 
 def _on_hub(key: str, repository: str, file: str, purpose: str) -> WeightFile:
@@ -94,7 +95,7 @@ def place_of(file: WeightFile, folder: Path) -> Path:
     from importlib.util import find_spec
 
     package = find_spec("lpips")
-    return (Path(package.origin).parent / "weights" / "v0.1" if package else folder) / file.name
+    return (Path(package.origin).parent / "weights" / "v0.1" if package and package.origin else folder) / file.name
 
 
 def state_of(file: WeightFile, folder: Path) -> tuple[State, str]:

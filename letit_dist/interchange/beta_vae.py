@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from torch import Tensor
 
@@ -12,8 +12,18 @@ from letit_dist.errors import UserError
 from letit_dist.pretrained import check_exactly, load_exactly
 from letit_dist.published import read_published, state_dict
 
-# What the weights do not tell: the range of the images that the networks were trained on.
-_VARIANTS = {"1konny": {"inputs": "unit", "output": "sigmoid"}, "letit": {"inputs": "signed", "output": "linear"}}
+
+class _Variant(TypedDict):
+    """What the weights do not tell: the range of the images that the networks were trained on."""
+
+    inputs: Literal["signed", "unit"]
+    output: Literal["sigmoid", "linear"]
+
+
+_VARIANTS: dict[str, _Variant] = {
+    "1konny": {"inputs": "unit", "output": "sigmoid"},
+    "letit": {"inputs": "signed", "output": "linear"},
+}
 
 
 def import_beta_vae(path: str | Path, *, variant: Literal["1konny", "letit"] = "1konny") -> BetaVAE:

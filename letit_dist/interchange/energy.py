@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from letit_dist.config import parse_config
 from letit_dist.energy.models import (
     ConvEnergy,
     ConvEnergyConfig,
@@ -37,7 +38,9 @@ def import_energy(path: str | Path, *, key: str | None = None) -> EnergyModel:
     """
     published = _read(Path(path), key)
     config = _infer(published, path)
+    assert config.latent_shape is not None
     energy = build_energy(config, config.latent_shape)
+    assert isinstance(energy, (MLPEnergy, ConvEnergy))
     check_exactly(export_energy(energy), published, f"{path} as {config.kind} on latents {config.latent_shape}")
     own = energy.state_dict()
     tensors = {
@@ -84,15 +87,16 @@ def _infer(state: State, where: str | Path) -> EnergyConfig:
         if layers > 2:
             raise UserError(f"{where}: {layers} hidden layers, published MLP energies have 0, 1 or 2")
         hidden = {} if layers == 0 else {"hidden": len(first)}
-        return MLPEnergyConfig(layers=layers, latent_shape=(first.shape[1],), **hidden)
+        found = {"layers": layers, "latent_shape": (first.shape[1],), **hidden}
+        return parse_config(MLPEnergyConfig, found, where=str(where))
     stem = state.get("convs.0.conv.weight_orig")
     if stem is not None and stem.ndim == 4:
         size = 4 * 2 ** len(_numbers(state, r"convs\.(\d+)\.(?:conv1|conv2|skip)\..*"))
         attention = bool(_numbers(state, r"convs\.(\d+)\.(?:gamma|query_conv|key_conv|value_conv).*"))
         multiplier = max(1, len(stem) // (32 if size >= 16 else 64))
         return ConvEnergyConfig(latent_shape=(stem.shape[1], size, size), multiplier=multiplier, attention=attention)
-    found = ", ".join(list(state)[:5]) or "nothing"
-    raise UserError(f"{where}: no published energy: neither mlp.0.weight nor convs.0.conv.weight_orig, but {found}")
+    keys = ", ".join(list(state)[:5]) or "nothing"
+    raise UserError(f"{where}: no published energy: neither mlp.0.weight nor convs.0.conv.weight_orig, but {keys}")
 
 
 def _numbers(state: State, pattern: str) -> set[str]:

@@ -36,7 +36,7 @@ class PerceptualLoss(nn.Module):
         # Random weights that are replaced below: not worth a change in everybody else's random numbers.
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # lpips calls torchvision with its deprecated `pretrained`
-            self.network: nn.Module = LPIPS(net=net, pnet_rand=True, verbose=False)
+            self.network = LPIPS(net=net, pnet_rand=True, verbose=False)
         _load_backbone(self.network.net, backbone, f"{weights} as the {net} backbone")
         self.eval().requires_grad_(False)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from letit_dist import rng, schedule
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
+from letit_dist.autoencoders.base import AutoencoderConfig
 from letit_dist.autoencoders.style_layers import double, halve
 from letit_dist.config import OneOrMany, StrictConfig, TrainingConfig, by_level
 from letit_dist.errors import UserError
@@ -51,36 +53,39 @@ class ALAERecipeConfig(RecipeConfig):
             raise ValueError("r1_every has no effect with r1_gamma 0: remove it")
         return self
 
-    def levels(self, autoencoder: ALAEConfig) -> list[Level]:
+    def levels(self, autoencoder: AutoencoderConfig | None) -> list[Level]:
         """4, 8, 16 ... pixels if the network grows."""
         if self.growth is None:
             return [Level()]
+        assert isinstance(autoencoder, ALAEConfig)  # `problems` tells of any other
         starts = schedule.level_starts(self.durations(autoencoder))
         return [Level(start, 4 << level) for level, start in enumerate(starts)]
 
     def durations(self, autoencoder: ALAEConfig) -> list[int]:
         """Images of each level; the last one lasts until the end of the run."""
+        assert self.growth is not None
         return by_level(self.growth.images_per_level, autoencoder.levels, "recipe.growth.images_per_level")
 
-    def problems(self, autoencoder: ALAEConfig, training: TrainingConfig) -> list[str]:
+    def problems(self, autoencoder: AutoencoderConfig | None, training: TrainingConfig) -> list[str]:
         """Also: schedules shorter than the levels, and runs that end before the network is grown."""
         if not isinstance(autoencoder, ALAEConfig):
-            return [f"recipe.kind: alae trains an ALAE, autoencoder.kind is {autoencoder.kind!r}"]
+            found = None if autoencoder is None else autoencoder.kind
+            return [f"recipe.kind: alae trains an ALAE, autoencoder.kind is {found!r}"]
         if self.growth is None:
             return super().problems(autoencoder, training)
         try:
             durations = self.durations(autoencoder)
         except UserError as error:
             return [str(error)]
-        found = super().problems(autoencoder, training)
+        lines = super().problems(autoencoder, training)
         grown = schedule.level_starts(durations)[-1] + durations[-1] // 2
         if training.images < grown:
             level = schedule.level_at(durations, training.images)
-            found.append(
+            lines.append(
                 f"training.images: {training.images} end at level {level} ({4 << level} pixels), the network is grown "
                 f"to {autoencoder.resolution} pixels after {grown}: lower recipe.growth.images_per_level or raise it"
             )
-        return found
+        return lines
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,9 @@ class ALAERecipe(Recipe):
         """The draws of one phase, the same for any number of ranks and any microbatch."""
         device, dtype = batch.data["images"].device, batch.data["images"].dtype
 
-        def normal(shape, purpose: str, at, drawn_on="cpu") -> Tensor:
+        def normal(
+            shape: Sequence[int], purpose: str, at: Tensor | list[int], drawn_on: torch.device | str = "cpu"
+        ) -> Tensor:
             return rng.normal(shape, self.seed, f"{phase} {purpose}", at, device=device, dtype=dtype, drawn_on=drawn_on)
 
         shared, latent = [batch.images_seen], self.autoencoder.latent_shape
@@ -289,7 +296,7 @@ class ALAERecipe(Recipe):
         side = network.config.resolution
         return {name: F.interpolate(row, size=(side, side), mode="nearest") for name, row in rows.items()}
 
-    def save(self, folder, **extra) -> None:
+    def save(self, folder: str | Path, **extra: Any) -> None:
         self.autoencoder.save_pretrained(folder, **extra)
 
 

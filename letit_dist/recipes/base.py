@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from letit_dist import schedule
+from letit_dist.autoencoders.base import AutoencoderConfig
 from letit_dist.config import OneOrMany, StrictConfig, TrainingConfig, by_level
 from letit_dist.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class OptimizerConfig(StrictConfig):
@@ -59,11 +64,11 @@ class RecipeConfig(StrictConfig):
     kind: str
     optimizer: OptimizerConfig
 
-    def levels(self, autoencoder: StrictConfig | None) -> list[Level]:
+    def levels(self, autoencoder: AutoencoderConfig | None) -> list[Level]:
         """The levels over which this recipe grows a network of that config; a single one if it does not grow."""
         return [Level()]
 
-    def problems(self, autoencoder: StrictConfig | None, training: TrainingConfig) -> list[str]:
+    def problems(self, autoencoder: AutoencoderConfig | None, training: TrainingConfig) -> list[str]:
         """What is wrong between this section, the network's and `training`, one line each."""
         found = []
         values = {
@@ -178,7 +183,7 @@ class Recipe(nn.Module):
         self.precision = precision
         self._companions: tuple[nn.Module, ...] = ()
 
-    def __deepcopy__(self, memo: dict) -> Recipe:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         """A copy of the networks that learn (for their average); companions are frozen, so they are shared."""
         memo.update({id(companion): companion for companion in self._companions})
         twin = type(self).__new__(type(self))
@@ -190,7 +195,7 @@ class Recipe(nn.Module):
     def companions(self) -> tuple[nn.Module, ...]:
         return self._companions
 
-    def add_companion(self, module: nn.Module) -> nn.Module:
+    def add_companion(self, module: M) -> M:
         """Freeze a network and keep it beside the recipe, outside its parameters and state."""
         module.requires_grad_(False).eval()
         self._companions = (*self._companions, module)
@@ -206,7 +211,7 @@ class Recipe(nn.Module):
         """The loss of `phase`; no `.item()` here, so that a GPU is never waited for."""
         raise NotImplementedError
 
-    def after_batch(self, batch: Batch) -> dict[str, float]:
+    def after_batch(self, batch: Batch) -> Mapping[str, Tensor | float]:
         """Called once a global batch, after every phase has stepped, on every rank (codebooks move here)."""
         return {}
 
@@ -243,6 +248,6 @@ class Recipe(nn.Module):
         """Pictures of where the run is: row name -> images (B, 3, H, W). Runs without gradient."""
         raise NotImplementedError
 
-    def save(self, folder, **extra) -> None:
+    def save(self, folder: str | Path, **extra: Any) -> None:
         """Write what the run is for (an autoencoder, an energy) as a pretrained folder."""
         raise NotImplementedError

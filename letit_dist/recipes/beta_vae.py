@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from letit_dist import rng
+from letit_dist.autoencoders.base import AutoencoderConfig
 from letit_dist.autoencoders.beta_vae import BetaVAE, BetaVAEConfig
-from letit_dist.config import StrictConfig, TrainingConfig
+from letit_dist.config import TrainingConfig
 from letit_dist.errors import UserError
 from letit_dist.recipes.base import Batch, Phase, Recipe, RecipeConfig, StepResult
 from letit_dist.registry import RECIPES
@@ -22,10 +24,11 @@ class BetaVAERecipeConfig(RecipeConfig):
     kind: Literal["beta_vae"] = "beta_vae"
     beta: float = Field(10.0, ge=0, description="weight of the divergence from N(0, 1)")
 
-    def problems(self, autoencoder: StrictConfig | None, training: TrainingConfig) -> list[str]:
+    def problems(self, autoencoder: AutoencoderConfig | None, training: TrainingConfig) -> list[str]:
         """Also: another kind of network."""
         if not isinstance(autoencoder, BetaVAEConfig):
-            return [f"recipe.kind: beta_vae trains a beta_vae, autoencoder.kind is {autoencoder.kind!r}"]
+            found = None if autoencoder is None else autoencoder.kind
+            return [f"recipe.kind: beta_vae trains a beta_vae, autoencoder.kind is {found!r}"]
         return super().problems(autoencoder, training)
 
 
@@ -73,5 +76,5 @@ class BetaVAERecipe(Recipe):
             "sample": self.autoencoder.decode(prior.to(images.dtype)),
         }
 
-    def save(self, folder, **extra) -> None:
+    def save(self, folder: str | Path, **extra: Any) -> None:
         self.autoencoder.save_pretrained(folder, **extra)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -153,14 +154,14 @@ class LatentEnergyRecipe(Recipe):
         names = self.energy.config.conditions
         for number, (pair, shift) in enumerate(self.mean_shifts.items()):
             energy = self.energy.at(names[self._conditions[number]]) if names else self.energy
-            methods = {
+            methods: dict[str, Callable[[Tensor], Tensor]] = {
                 "source": lambda latents: latents,
                 "mean shift": shift.translate,
                 "translation": partial(_end, plain, energy),
             }
             yield Direction(pair, energy, methods)
 
-    def save(self, folder, **extra) -> None:
+    def save(self, folder: str | Path, **extra: Any) -> None:
         """The energy, with all that a translator must know: whose latents, and which chain."""
         self.energy.save_pretrained(
             folder,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -49,7 +51,7 @@ class VQVAE2Recipe(Recipe):
             raise UserError(f"recipe.kind: vqvae2 trains a VQVAE2, autoencoder.kind is {autoencoder.config.kind!r}")
         super().__init__(config, seed=seed, precision=precision)
         self.autoencoder = autoencoder
-        self._perceptual = None
+        self._perceptual: tuple[PerceptualLoss] | None = None
         if config.perceptual:
             loss = PerceptualLoss(config.perceptual.backbone, config.perceptual.network)
             self._perceptual = (self.add_companion(loss),)  # a tuple: not a child, so neither saved nor averaged
@@ -75,13 +77,13 @@ class VQVAE2Recipe(Recipe):
             "commitment_top": output.commitment_top.detach(),
             "commitment_bottom": output.commitment_bottom.detach(),
         }
-        if self._perceptual:
+        if self._perceptual and self.config.perceptual:
             perceptual = self._perceptual[0](output.reconstruction, images)
             loss = loss + self.config.perceptual.weight * perceptual
             metrics["lpips"] = perceptual.detach()
         return StepResult(loss, metrics)
 
-    def _draw(self, purpose: str, shape, batch: Batch) -> Tensor:
+    def _draw(self, purpose: str, shape: Sequence[int], batch: Batch) -> Tensor:
         images = batch.data["images"]
         return rng.normal(shape, self.seed, purpose, batch.positions, device=images.device, dtype=images.dtype)
 
@@ -103,5 +105,5 @@ class VQVAE2Recipe(Recipe):
         images = batch.data["images"]
         return {"image": images, "reconstruction": self.autoencoder.decode(self.autoencoder.encode(images))}
 
-    def save(self, folder, **extra) -> None:
+    def save(self, folder: str | Path, **extra: Any) -> None:
         self.autoencoder.save_pretrained(folder, **extra)

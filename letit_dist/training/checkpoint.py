@@ -28,6 +28,7 @@ from letit_dist.files import hash_file
 _PREFIX = "images-"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+Files = dict[str, dict[str, Tensor]]  # name of a file, without its suffix -> tensors by name
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class CheckpointStore:
             barrier()
         return final
 
-    def _write(self, beside: Path, final: Path, tensors: dict, state: dict) -> None:
+    def _write(self, beside: Path, final: Path, tensors: Files, state: dict[str, Any]) -> None:
         try:
             with _one_clear_error(beside, final):
                 self._finish(beside, final, tensors, state)
@@ -141,7 +142,7 @@ class CheckpointStore:
         if failure is not None:
             raise failure
 
-    def _finish(self, beside: Path, final: Path, tensors: dict, state: dict) -> None:
+    def _finish(self, beside: Path, final: Path, tensors: Files, state: dict[str, Any]) -> None:
         for name, values in tensors.items():
             contiguous = {key: value.detach().cpu().contiguous() for key, value in values.items()}
             save_file(contiguous, beside / f"{name}.safetensors")
@@ -176,7 +177,7 @@ class CheckpointStore:
         checkpoints that a whole one stands in for are renamed to `damaged-*`."""
         for leftover in self.folder.glob(f".{_PREFIX}*.writing") if self.folder.is_dir() else []:
             shutil.rmtree(leftover, ignore_errors=True)
-        damaged = []
+        damaged: list[Path] = []
         for folder in reversed(self._all()):
             problem = verify(folder)
             if problem is None:

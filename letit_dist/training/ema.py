@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from letit_dist import schedule
 
+M = TypeVar("M", bound=nn.Module)
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
-class WeightAverage:
+
+class WeightAverage(Generic[M]):
     """torch's AveragedModel over a whole recipe; buffers (codebooks, running means) are copied, not averaged:
     averaging would mix integer counters and codebooks that are averages already."""
 
-    def __init__(self, recipe: nn.Module, half_life: float, warmup: float):
+    def __init__(self, recipe: M, half_life: float, warmup: float):
         self.half_life = half_life
         self.warmup = warmup
         self._beta = 0.0
         self.model = AveragedModel(recipe, multi_avg_fn=self._lerp, use_buffers=False)
         self.model.requires_grad_(False)
+        twin = self.model.module
+        assert isinstance(twin, type(recipe))
+        self._module: M = twin
         # A filled counter: AveragedModel's first update would copy instead of average.
         self.model.n_averaged.fill_(1)
 
-    def _lerp(self, averages, currents, _count) -> None:
+    def _lerp(self, averages: Tensors, currents: Tensors, _count: Tensor | int) -> None:
         torch._foreach_lerp_(averages, [c.to(a.dtype) for a, c in zip(averages, currents, strict=True)], 1 - self._beta)
 
     @torch.no_grad()
@@ -32,6 +40,6 @@ class WeightAverage:
         self.model.update_parameters(recipe)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> M:
         """The averaged recipe."""
-        return self.model.module
+        return self._module

@@ -15,7 +15,7 @@ class StopSignals:
     A context: the handlers of before are back after it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = False
 
     def _ask(self, number: int, _frame: object) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from letit_dist.config import ImagesConfig
-from letit_dist.data.foreign import is_foreign
+from letit_dist.data.foreign import ForeignStream, is_foreign
 from letit_dist.data.latents import LatentPairs, LatentSet, PairBatch, pairs_of
-from letit_dist.data.reader import ShardDataset, open_stream
+from letit_dist.data.reader import ImageStream, ShardDataset, open_stream
 from letit_dist.data.remote import BlockCache, is_url
 from letit_dist.data.transforms import UnreadableImage, to_images
 from letit_dist.errors import UserError
@@ -35,15 +36,16 @@ class ImageFeed:
         self.config = config
         self.seed = seed
         self.device = torch.device("cpu")
-        cache = None
+        self._cache: BlockCache | None = None
         if any(map(is_url, config.train)):
-            cache = BlockCache(config.cache, int(config.cache_gib * GIB))
+            self._cache = BlockCache(config.cache, int(config.cache_gib * GIB))
         elif config.cache is not None:
             raise UserError("data.cache has no effect where nothing in data.train is on a server: leave it out")
-        self._reading = {"scaled_decode": config.scaled_decode, "cache": cache}
         self.foreign = any(is_foreign(path) for path in config.train)
-        self.dataset = None if self.foreign else ShardDataset(config.train, **self._reading)
-        self.resolution = None
+        self.dataset: ShardDataset | None = None
+        if not self.foreign:
+            self.dataset = ShardDataset(config.train, scaled_decode=config.scaled_decode, cache=self._cache)
+        self.resolution: int | None = None
         if self.dataset is not None and resolution is not None and self.dataset.stores(resolution):
             self.dataset, self.resolution = self.dataset.at(resolution), resolution
 
@@ -52,10 +54,13 @@ class ImageFeed:
         """(H, W) of the images; None for foreign shards, which say so only when they are read."""
         return self.dataset.image_size() if self.dataset else None
 
-    def _stream(self, images_seen: int, batch: int, rank: int, ranks: int, workers: int, **augmentation):
+    def _stream(
+        self, images_seen: int, batch: int, rank: int, ranks: int, workers: int, **augmentation: Any
+    ) -> ImageStream | ForeignStream:
         return open_stream(
             self.config.train,
-            **self._reading,
+            scaled_decode=self.config.scaled_decode,
+            cache=self._cache,
             seed=self.seed,
             batch=batch,
             rank=rank,
@@ -85,9 +90,7 @@ class ImageFeed:
             print(stream.notice, flush=True)
         for number, item in enumerate(stream):
             images = to_images(item.pixels.to(self.device, non_blocking=True))
-            yield Batch(
-                {"images": images}, item.positions, images_seen + number * batch, batch, tuple(map(tuple, item.bad))
-            )
+            yield Batch({"images": images}, item.positions, images_seen + number * batch, batch, tuple(item.bad))
 
     def preview(self, count: int) -> Batch:
         """Samples spread evenly over the data (foreign shards: their first), unaugmented."""
@@ -99,6 +102,7 @@ class ImageFeed:
 
     def _readable(self, sample: int) -> torch.Tensor:
         """The sample's pixels, or those of the next one that can be decoded."""
+        assert self.dataset is not None
         for offset in range(len(self.dataset)):
             with contextlib.suppress(UnreadableImage):
                 return self.dataset.pixels((sample + offset) % len(self.dataset))
@@ -124,7 +128,7 @@ class LatentFeed:
             )
 
     def _batch(self, item: PairBatch, seen: int, batch: int) -> Batch:
-        data = {}
+        data: dict[str, torch.Tensor] = {}
         for side, (name, rows) in enumerate((("source", item.source), ("target", item.target))):
             if not self.every_way:
                 data |= {f"{name}.{field}": values for field, values in self.domains[side].take(rows).items()}

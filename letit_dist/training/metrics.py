@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ class Means:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
 
-    def add(self, metrics: dict[str, Tensor | float], weight: float = 1.0) -> None:
+    def add(self, metrics: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
         """Add one value a name, each counting `weight` times."""
         if not metrics:
             return
@@ -77,7 +79,7 @@ class StatsFile:
                 continue  # the line that a kill cut in half
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
 
-    def append(self, record: dict) -> None:
+    def append(self, record: dict[str, Any]) -> None:
         """Add one line."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")

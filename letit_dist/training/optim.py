@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,14 @@ from letit_dist.errors import UserError
 from letit_dist.recipes.base import OptimizerConfig, ParameterGroup
 
 
-class _ActiveGroups:
+class _ActiveGroups(torch.optim.Optimizer):
     """Mixin: `step` visits only the groups whose `active` flag is set.
 
     Sharded optimisers replace the parameters of a group by flat partitions but keep the group's dict, so the
     flag survives where a list of parameters would not; and second moments outside the phase do not decay.
     """
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         groups = self.param_groups
         self.param_groups = [group for group in groups if group.get("active", True)]
         try:
@@ -37,6 +38,7 @@ class SGD(_ActiveGroups, torch.optim.SGD):
 
 def build_optimizer(groups: Iterable[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     """One optimiser over all groups of a recipe; `activate` sets their learning rates."""
+    groups = list(groups)
     tables = [
         {"params": list(group.parameters), "name": group.name, "rate": group.rate, "active": True} for group in groups
     ]
@@ -44,7 +46,7 @@ def build_optimizer(groups: Iterable[ParameterGroup], config: OptimizerConfig) -
     if config.kind == "sgd":
         return SGD(tables, lr=rate)
     # One pass over memory on a CPU. On a GPU, where it gains little, it would keep the counts of steps there.
-    fused = all(parameter.device.type == "cpu" for table in tables for parameter in table["params"])
+    fused = all(parameter.device.type == "cpu" for group in groups for parameter in group.parameters)
     kernel = {"fused": True} if fused else {"foreach": True}
     return Adam(tables, lr=rate, betas=config.betas, eps=config.eps, **kernel)
 
@@ -65,7 +67,7 @@ def require_gradients(groups: Iterable[ParameterGroup], names: Set[str]) -> None
 
 def state_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """The optimiser's state as `slot/parameter name` -> tensor."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     return {
         f"{slot}/{names[parameter]}": value
         for parameter, slots in optimizer.state.items()

@@ -12,15 +12,18 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import yaml
 
 import letit_dist
-from letit_dist.config import StrictConfig, as_tree, differences, parse_config, to_yaml
+from letit_dist.config import StrictConfig, Tree, as_tree, differences, parse_config, to_yaml
 from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
+
+if TYPE_CHECKING:
+    from letit_dist.training.trainer import Trainer
 
 # What may change between two starts of a run, because by construction it changes no result.
 _FREE = (
@@ -29,7 +32,7 @@ _FREE = (
 )
 
 
-def _without_free(tree: dict) -> dict:
+def _without_free(tree: Tree) -> Tree:
     tree = json.loads(json.dumps(tree))
     for path in _FREE:
         node, *rest = path.split(".")
@@ -41,7 +44,7 @@ def _without_free(tree: dict) -> dict:
 
 
 # Lock files stay open, and so locked, until this process ends; by folder, since one process may open it again.
-_HELD: dict[Path, IO] = {}
+_HELD: dict[Path, IO[str]] = {}
 
 
 def _lock(folder: Path) -> None:
@@ -111,12 +114,12 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def environment() -> dict:
+def environment() -> dict[str, Any]:
     """What ran, where: versions, commit, command, devices."""
     from importlib import metadata
 
     names = ("accelerate", "deepspeed", "torchvision", "webdataset", "safetensors", "numpy")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
             versions[name] = metadata.version(name)
@@ -145,7 +148,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # Linux counts in KiB
 
 
-def export(trainer, **extra) -> Path:
+def export(trainer: Trainer, **extra: Any) -> Path:
     """Write the run's result as a pretrained folder under export/ (main process), and say where."""
     folder = trainer.run / "export" / f"images-{trainer.images_seen:012d}"
     with trainer.whole_trained() as recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -60,11 +61,11 @@ class Efficiency:
 class _Operations(TorchDispatchMode):
     """Sums what torch's own table says of each product; torch's counter of modules stumbles over inner gradients."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if count := flop_registry.get(func._overloadpacket):
             self.total += count(*args, **(kwargs or {}), out_val=out)
@@ -84,7 +85,7 @@ def step_costs(build: Callable[[], Recipe], config: PretrainConfig, levels: Sequ
     groups = [(group.name, wide * sum(p.numel() for p in group.parameters)) for group in recipe.parameter_groups()]
     # DDP exchanges the gradients of everything it wraps; those of networks outside a phase as zeros.
     gradients = sum(size for _, size in groups)
-    costs = []
+    costs: list[list[PhaseCost]] = []
     for level in levels:
         side = level.resolution or config.autoencoder.resolution
         with mode:

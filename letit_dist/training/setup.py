@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -63,7 +63,7 @@ def create_accelerator(
         raise UserError(f"training.trackers: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     on_cpu = _on_cpu()
-    handlers: list = [
+    handlers: list[Any] = [
         # Buffers (codebooks, running means) are equal by construction; a broadcast a step would hide it if not.
         DistributedDataParallelKwargs(find_unused_parameters=several_phases, broadcast_buffers=False)
     ]
@@ -95,7 +95,7 @@ def create_accelerator(
     return accelerator
 
 
-def join_ranks(timeout: float = 600.0) -> tuple[int, int, torch.device, Callable[[object], list]]:
+def join_ranks(timeout: float = 600.0) -> tuple[int, int, torch.device, Callable[[object], list[Any]]]:
     """(rank, world, device, gather) of this launch, for work that needs no training; `gather(mine)` gives what every
     rank gave, in their order, to all."""
     accelerator = create_accelerator(several_phases=False, timeout=timeout)
@@ -115,7 +115,9 @@ def begin_trackers(accelerator: Accelerator, run: Path, images_seen: int) -> Non
     wrote past its checkpoint; on Weights & Biases a resumed run continues the one of its folder.
     """
     name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    options: dict[str, dict] = {"wandb": {"name": run.resolve().name, "id": name, "resume": "allow", "dir": str(run)}}
+    options: dict[str, dict[str, Any]] = {
+        "wandb": {"name": run.resolve().name, "id": name, "resume": "allow", "dir": str(run)}
+    }
     if images_seen:
         options["tensorboard"] = {"purge_step": images_seen + 1}
     accelerator.init_trackers("letit_dist", init_kwargs=options)
@@ -128,7 +130,7 @@ def seed_weights(seed: int) -> None:
 
 def main_decides(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """Run `function` on the main process and give its result to all; its UserError ends every rank."""
-    outcome: list = [None, None]
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
@@ -197,7 +199,7 @@ def configure_deepspeed(
     accelerator.gradient_accumulation_steps = plan.accumulation
 
 
-def change_deepspeed_batch(accelerator: Accelerator, engine, plan: BatchPlan) -> None:
+def change_deepspeed_batch(accelerator: Accelerator, engine: Any, plan: BatchPlan) -> None:
     """Tell a running engine of another batch: it divides the loss by the accumulation it knows of."""
     engine.set_train_micro_batch_size(plan.microbatch)
     engine.set_train_batch_size(plan.batch)

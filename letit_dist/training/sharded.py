@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ class TrainingState:
         """`model` is what `accelerator.prepare` made of `recipe`, `optimizer` what it was given."""
         self.recipe = recipe
         self.optimizer = optimizer
-        stage = model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else 0
-        self.zero = model.optimizer if stage > 0 else None
+        engine: Any = model  # perhaps DeepSpeed's, which has no types; nor has its optimiser
+        stage = engine.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else 0
+        self.zero: Any = engine.optimizer if stage > 0 else None
         self.partitioned = stage == 3
 
     @contextlib.contextmanager
@@ -93,8 +95,9 @@ class TrainingState:
             return zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat, strict=True)
         return zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True)
 
-    def _put(self, parameter: nn.Parameter, flat: Tensor, buffer: Tensor, value: Tensor) -> None:
-        """Write this rank's share of `value` into its place in `buffer`, which is laid out like `flat`."""
+    def _put(self, parameter: Any, flat: Tensor, buffer: Tensor, value: Tensor) -> None:
+        """Write this rank's share of `value` into its place in `buffer`, which is laid out like `flat`; `parameter` is
+        one with DeepSpeed's attributes."""
         value = value.flatten().to(buffer)
         if self.partitioned:
             _, start, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
