@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
 from letit_dist import rng
 
@@ -97,18 +97,18 @@ class Quantizer(nn.Module):
             self._updates = int(self.updates)
         return self._updates
 
-    def lookup(self, z: Tensor) -> LongTensor:
+    def lookup(self, z: Tensor) -> Tensor:
         """Encoder outputs (B, D, H, W) to codes (B, H, W), without statistics."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             return self._nearest(self._rows(z)).view(z.shape[0], *z.shape[2:])
 
-    def embed_codes(self, codes: LongTensor) -> Tensor:
+    def embed_codes(self, codes: Tensor) -> Tensor:
         """Codes (B, H, W) to their vectors (B, D, H, W)."""
         return F.embedding(codes, self.embed).permute(0, 3, 1, 2)
 
     def forward(
         self, z: Tensor, *, collect: bool = False, place: BatchPlace | None = None
-    ) -> tuple[Tensor, Tensor, LongTensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise encoder outputs z (B, D, H, W).
 
         Returns the quantised map (B, D, H, W) with the gradient of z, the commitment mean((sg(q) - z)^2) as a
@@ -133,7 +133,7 @@ class Quantizer(nn.Module):
         wide = torch.promote_types(torch.promote_types(z.dtype, self.embed.dtype), torch.float32)
         return z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(wide)
 
-    def _nearest(self, rows: Tensor) -> LongTensor:
+    def _nearest(self, rows: Tensor) -> Tensor:
         """(N, D) to (N,): argmin_k |e_k|^2 - 2 x.e_k; |x|^2 is the same for all codes and only adds rounding."""
         embed = self.embed.to(rows.dtype)
         norms = embed.square().sum(1)
@@ -143,7 +143,7 @@ class Quantizer(nn.Module):
     def _restart_is_due(self) -> bool:
         return self.restart_below > 0 and (self._update_count() + 1) % self.restart_every == 0
 
-    def _collect(self, rows: Tensor, nearest: LongTensor, place: BatchPlace | None) -> None:
+    def _collect(self, rows: Tensor, nearest: Tensor, place: BatchPlace | None) -> None:
         codes, code_dim = self.embed.shape
         if self._sums is None:
             self._sums = rows.new_zeros(codes, 1 + code_dim, dtype=torch.float64)

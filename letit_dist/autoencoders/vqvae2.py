@@ -160,7 +160,8 @@ class VQVAE2(Autoencoder):
         if not self.config.noise:
             return []
         side = self.config.resolution // 4
-        return [(1, side, side)] * (2 * self.config.residual_blocks) + [(1, 2 * side, 2 * side)]
+        shapes: list[tuple[int, ...]] = [(1, side, side)] * (2 * self.config.residual_blocks)
+        return [*shapes, (1, 2 * side, 2 * side)]
 
     def _noise_for(
         self, latents: Tensor, noise: Sequence[Tensor] | None, generator: torch.Generator | None
@@ -200,8 +201,8 @@ class VQVAE2(Autoencoder):
         bottom = self.bottom_projection(torch.cat([self.top_decoder(top), bottom], 1))
         bottom, commitment_bottom, _ = self.bottom_quantizer(bottom, collect=self.training, place=place)
         latents = torch.cat([self.top_upsample(top), bottom], 1)
-        maps = self._noise_for(latents, noise, generator)
-        maps = None if maps is None else list(maps)
+        drawn = self._noise_for(latents, noise, generator)
+        maps = None if drawn is None else list(drawn)
 
         def decode(latents: Tensor) -> Tensor:
             return self.decoder(latents, None if maps is None else iter(maps))

@@ -92,8 +92,8 @@ class LangevinSampler:
             # Eq. (6) in units of the energy: for u = z / unit, du = -eta/2 dE/du is dz = -eta/2 unit^2 dE/dz.
             unit = getattr(energy, "unit", 1.0)
             z = start.detach().clone()
-            fused = not keep_shift and until is None and hasattr(energy, "descent")
-            descend = energy.descent(*given) if fused else None
+            descent = None if keep_shift or until is not None else getattr(energy, "descent", None)
+            descend = None if descent is None else descent(*given)
             slope = None if descend else _slope(energy, *given)
             shift = torch.zeros_like(z) if keep_shift else None
             steps = torch.full((len(z),), config.steps, device=z.device)
@@ -105,6 +105,7 @@ class LangevinSampler:
                 if descend:
                     z = descend(z, config.step_size / 2 * unit**2)  # eq. (6)
                 else:
+                    assert slope is not None
                     gradient = slope(z)
                     z = torch.sub(z, gradient, alpha=config.step_size / 2 * unit**2)  # eq. (6)
                 if config.noise_scale > 0:
@@ -133,8 +134,8 @@ class LangevinSampler:
 
 def _slope(energy: nn.Module, *condition: Tensor) -> Callable[[Tensor], Tensor]:
     """Latents (B, *L) to dE/dz (B, *L), without a graph: in closed form where the energy has one."""
-    if hasattr(energy, "slope"):
-        return energy.slope(*condition)
+    if (slope := getattr(energy, "slope", None)) is not None:
+        return slope(*condition)
     energy_of = getattr(energy, "folded", lambda: energy)()
 
     def by_autograd(z: Tensor) -> Tensor:
@@ -146,5 +147,6 @@ def _slope(energy: nn.Module, *condition: Tensor) -> Callable[[Tensor], Tensor]:
     return by_autograd
 
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    assert generator is not None
     return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype)

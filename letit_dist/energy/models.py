@@ -25,6 +25,7 @@ from letit_dist.registry import ENERGIES
 
 _SLOPE = 0.2  # of LeakyReLU
 Weights = tuple[Tensor, Tensor]  # of one layer: weight, bias
+Effective = tuple[Weights, list[tuple[Weights, ...]], tuple[Weights, ...]]  # stem, blocks, head
 M = TypeVar("M", bound="EnergyModel")
 
 
@@ -92,11 +93,13 @@ class EnergyModel(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        assert self.config.latent_shape is not None
         return self.config.latent_shape
 
     @property
     def unit(self) -> float:
         """What latents are divided by before the energy sees them; samplers step in this unit."""
+        assert not isinstance(self.config.latent_unit, str)
         return self.config.latent_unit
 
     def forward(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -224,6 +227,7 @@ class MLPEnergy(EnergyModel):
 
     config_class = MLPEnergyConfig
     tiny = MLPEnergyConfig(latent_shape=(16,), hidden=24)
+    config: MLPEnergyConfig
 
     def __init__(self, config: MLPEnergyConfig):
         super().__init__(config)
@@ -264,7 +268,7 @@ class MLPEnergy(EnergyModel):
         The last product of the slope and the step are one operation: narrow chains are bound by their number.
         """
         # Under autocast the step would be taken in the lower precision, with the whole path.
-        if not self.config.layers or torch.is_autocast_enabled(self.layers[0].weight.device.type):
+        if not self.config.layers or torch.is_autocast_enabled(next(self.parameters()).device.type):
             return None
         first, inner = self._inner_slope(condition)
 
@@ -278,7 +282,8 @@ class MLPEnergy(EnergyModel):
     def _inner_slope(self, condition: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The first layer's weight (h, L), and flat latents (B, L) to dE/d what that layer puts out (1 or B, h);
         without hidden layers to the last layer's weight."""
-        *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in self.layers[::2]]
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in linear]
         bend = _through_gelu if self.config.activation == "gelu" else _through_leaky_relu
         # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
         last = last if condition is None else last[condition]
@@ -413,6 +418,7 @@ class ConvEnergy(EnergyModel):
 
     config_class = ConvEnergyConfig
     tiny = ConvEnergyConfig(latent_shape=(4, 8, 8))
+    config: ConvEnergyConfig
     last = "linear"
 
     def __init__(self, config: ConvEnergyConfig):
@@ -439,9 +445,10 @@ class ConvEnergy(EnergyModel):
         channels = self.config.multiplier * (32 if size >= 16 else 64)
         return channels if size >= 64 else min(channels, 512)
 
-    def _effective(self) -> tuple[Weights, list[tuple[Weights, ...]], tuple[Weights, ...]]:
+    def _effective(self) -> Effective:
         scale, blocks = 1.0, []
         for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             blocks.append(block.effective(scale))
             scale = 1.0 if self._attends_after(number) else Block.OUT
         head = (self.conv1.effective(scale), self.conv2.effective(_SWISH), self.linear.effective(_SWISH))
@@ -450,12 +457,12 @@ class ConvEnergy(EnergyModel):
     def _attends_after(self, number: int) -> bool:
         return self.attention is not None and number == len(self.blocks) - 2  # at 8 pixels
 
-    def _run(self, latents: Tensor, effective: tuple, condition: Tensor | None) -> Tensor:
+    def _run(self, latents: Tensor, effective: Effective, condition: Tensor | None) -> Tensor:
         stem, blocks, (conv1, conv2, linear) = effective
         x = _pointwise(latents.contiguous(memory_format=torch.channels_last), *stem)
         for i, block in enumerate(blocks):
             x = Block.run(x, *block)
-            if self._attends_after(i):
+            if self.attention is not None and self._attends_after(i):
                 x = self.attention(x * Block.OUT)
         x = F.silu(F.conv2d(x, *conv1, padding=1))
         x = F.silu(F.conv2d(x, *conv2))  # (B, C, 4, 4) -> (B, C, 1, 1)

@@ -108,7 +108,6 @@ def compare_images(
     `others` are folders of images under the same names, resized to ours. Raises UserError before anything is
     computed if one of them cannot be had.
     """
-    settings = {"steps": options.steps, "step_size": options.step_size, "strength": options.strength}
     matched = match_others(others or {}, images.names)
     read = {
         label: {name: _read(path, images.resolution) for name, path in files.items()}
@@ -120,7 +119,9 @@ def compare_images(
         for place, (name, pixels) in enumerate(images):
             noise = translator.autoencoder.decoder_noise(options.seed, [place])
             latents = translator.encode(to_images(pixels[None].to(translator.device)))
-            moved = translator.transport(latents, **settings, noise=translator.noise(options.seed, [place])).latents
+            moved = translator.transport(
+                latents, **options.chain, noise=translator.noise(options.seed, [place])
+            ).latents
             ways = {RECONSTRUCTION: latents, OURS: moved}
             if shift is not None:
                 ways[MEAN_SHIFT] = shift.translate(latents)
@@ -134,7 +135,7 @@ def compare_images(
     return found
 
 
-def fit_mean_shift(run: EnergyRun, folders: Sequence[str] | None) -> MeanShift | str:
+def fit_mean_shift(run: EnergyRun, folders: Sequence[str | Path] | None) -> MeanShift | str:
     """The mean shift between the latents of both domains, of the run's own or of these folders (source, target).
 
     A line that says why if the run names none that are there. Raises UserError for given folders that are not
