@@ -99,7 +99,6 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "batch": batch,
                 "GFLOP an image": f"{sum(cost.operations for cost in costs) / 1e9:.4g}",
                 "MB exchanged": f"{sum(cost.gradients for cost in costs) / 1e6:.4g}",
-                "needed": f"{sum(cost.needed for cost in costs) / 1e6:.4g}",
                 "ranks": ranks,
             }
             if batch % ranks:

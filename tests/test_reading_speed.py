@@ -10,6 +10,7 @@ import pytest
 import torch
 from programs import ROOT, run
 
+from letit_dist.data import packing as packing_module
 from letit_dist.data import transforms
 from letit_dist.data.index import INDEX_NAME, Index
 from letit_dist.data.reader import ImageStream, ShardDataset
@@ -19,7 +20,7 @@ from letit_dist.evaluation.benchmark import Side, resident_peak
 
 sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there
 
-from speed.data_sides import DataSides, box, large_index, picture, psnr, resident_over
+from speed.data_sides import DataSides, PackingSides, box, large_index, picture, psnr, resident_over
 
 DATA = ("eval/throughput.py", "data", "--side", 128, "--images", 4, "--batch", 2, "--repeats", 2)
 DATA += ("--entries", 100, "--samples", 1000)
@@ -65,6 +66,15 @@ def test_other_pixels_are_seen_before_anything_is_timed(sides, monkeypatch):
         sides.close("only", 32, 40, scaled_decode=True)()
 
 
+def test_packing_does_the_work_on_pixels_that_it_is_measured_against(sides, tmp_path, monkeypatch):
+    packing = PackingSides(sides.folder / "files/all", tmp_path / "packed", 128, 32)
+    packing.require_equal()
+    real = packing_module.encode
+    monkeypatch.setattr(packing_module, "encode", lambda pixels, *how: real(pixels.clamp(min=9), *how))
+    with pytest.raises(UserError, match=r"packing wrote other bytes: sample 0, 128\.jpg"):
+        packing.require_equal()
+
+
 def test_memory_of_a_process_is_seen_whoever_holds_it():
     found = resident_peak(Side(lambda: np.ones(32 << 20, np.uint8).sum()))
     if found is None:
@@ -87,6 +97,11 @@ def test_the_program(tmp_path):
         ("128, floats on the CPU too", "-"),
     ]
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in table[2:])
+    assert re.search(
+        r"^- packing 32 beside 128, .* images/s: \d+% .* of its time works on pixels; one process writes for \d+ cores",
+        text,
+        re.MULTILINE,
+    )
     assert re.search(r"^- index of 100 samples of five files: loaded in \d", text, re.MULTILINE)
     assert re.search(r"^- resident memory, .*: \d+\.\d after 1000, ", text, re.MULTILINE)
     assert "Images a second of one core" in text

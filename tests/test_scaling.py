@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from programs import run as program
+from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.config import PretrainConfig, load_config
@@ -14,7 +15,10 @@ from letit_dist.data.index import Index
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.simulation import Layout, simulate
 from letit_dist.errors import UserError
+from letit_dist.recipes.base import Batch
 from letit_dist.registry import RECIPES
+from letit_dist.training import setup
+from letit_dist.training.optim import require_gradients
 from letit_dist.training.scaling import Cluster, PhaseCost, efficiency, step_costs
 
 
@@ -57,7 +61,7 @@ def test_operations_are_those_of_the_layers():
 
     ((cost,),) = step_costs(build, config, config.recipe.levels(config.autoencoder))
     made = build()
-    assert cost.gradients == cost.needed == 4 * sum(p.numel() for p in made.parameters())
+    assert cost.gradients == 4 * sum(p.numel() for p in made.parameters())
     counted = []
 
     def count(module, inputs, output):
@@ -74,9 +78,9 @@ def test_operations_are_those_of_the_layers():
     assert cost.operations == 3 * sum(counted) - counted[0]
 
 
-def test_what_a_phase_needs_of_the_gradients():
-    """At the top level, the discriminator's phase: the encoder but for the other levels' entries, and the critic."""
-    small = ("autoencoder.resolution=16", "autoencoder.max_channels=8", "autoencoder.latent_dim=8")
+def test_what_is_exchanged_is_what_ddp_exchanges(tmp_path, monkeypatch):
+    """ALAE, whose phases leave networks out: the bytes of the buckets that the hook of training hands on."""
+    small = ("autoencoder.resolution=16", "autoencoder.max_channels=64", "autoencoder.latent_dim=1024")
     small += ("recipe.growth=null", "training.batch=8", "recipe.optimizer.learning_rate=1e-3")
     config = load_config(PretrainConfig, "configs/debug/alae.yaml", small)
 
@@ -84,17 +88,31 @@ def test_what_a_phase_needs_of_the_gradients():
         return RECIPES.get("alae")(config.recipe, build_autoencoder(config.autoencoder), seed=0, precision="fp32")
 
     (costs,) = step_costs(build, config, config.recipe.levels(config.autoencoder))
-    made = build()
-    network = made.autoencoder
-    *unused, _ = network.encoder.from_rgb
-    expected = [*network.encoder.parameters(), *network.critic.parameters()]
-    count = sum(p.numel() for p in expected) - sum(p.numel() for layer in unused for p in layer.parameters())
-    assert costs[0].name == "discriminator" and costs[0].needed == 4 * count
-    assert costs[0].needed < costs[2].needed < costs[0].gradients == 4 * sum(p.numel() for p in made.parameters())
+    sent = []
+    real = setup.allreduce_hook
+    monkeypatch.setattr(
+        setup, "allreduce_hook", lambda group, bucket: sent.append(4 * bucket.buffer().numel()) or real(group, bucket)
+    )
+    recipe = build()
+    groups = recipe.parameter_groups()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(recipe, find_unused_parameters=True, broadcast_buffers=False)
+        setup.exchange_used_gradients(wrapped)
+        batch = Batch({"images": torch.rand(1, 3, 16, 16)}, torch.arange(1), 0, 1)
+        for phase, cost in zip(recipe.phases, costs, strict=True):
+            require_gradients(groups, recipe.active_groups(phase, 0))
+            sent.clear()
+            wrapped(phase.name, batch).loss.backward()
+            assert cost.gradients == sum(sent), phase.name
+    finally:
+        torch.distributed.destroy_process_group()
+    everything = 4 * sum(p.numel() for p in recipe.parameters())
+    assert costs[0].gradients < 0.7 * everything
 
 
 def test_efficiency_by_hand():
-    costs = [PhaseCost("one", 1e12, 400, 100), PhaseCost("two", 1e12, 400, 400)]
+    costs = [PhaseCost("one", 1e12, 400), PhaseCost("two", 1e12, 400)]
     cluster = Cluster(operations=1e13, inside=100.0, between=10.0, machine=4, latency=0.5)
     alone = efficiency(costs, 8, 1, cluster)
     assert (alone.images, alone.compute, alone.exchange, alone.worst, alone.best) == (8, 1.6, 0.0, 1.0, 1.0)

@@ -1,7 +1,7 @@
 """reading images for training, on one core: the usual loader over JPEG files against ours over shards
 
-Usual is ImageFolder, Pillow, Resize and ToTensor over the files of which the shards were made. Then how long an index
-takes to load, and memory over many samples.
+Usual is ImageFolder, Pillow, Resize and ToTensor over the files of which the shards were made. Then how much of packing
+is work on pixels, how long an index takes to load, and memory over many samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def matches(args: argparse.Namespace) -> Iterator:
-    """Reading at both sizes, then two facts."""
+    """Reading at both sizes, then facts."""
     at_least_one(args, "images", "batch", "entries", "samples")
     without_effect(args, "bf16", "compile")
     if args.device == "cuda":
@@ -40,8 +40,16 @@ def matches(args: argparse.Namespace) -> Iterator:
     import torch
 
     from letit_dist.data.index import Index
-    from letit_dist.evaluation.benchmark import Fact, Match, clock, core_seconds, resident_peak
-    from speed.data_sides import DataSides, large_index, resident_over
+    from letit_dist.evaluation.benchmark import (
+        Fact,
+        Match,
+        clock,
+        core_seconds,
+        interleave,
+        quartiles,
+        resident_peak,
+    )
+    from speed.data_sides import DataSides, PackingSides, large_index, resident_over
 
     torch.set_num_threads(args.threads or 1)
     warnings.filterwarnings("ignore", message="[\\s\\S]*decod", category=UserWarning, module="torchvision")
@@ -63,6 +71,16 @@ def matches(args: argparse.Namespace) -> Iterator:
         yield row(f"{large}", large, sides.ours("only", large), sides.equal("only", large), 2.5)
         floats = sides.ours("only", large, floats=True)
         yield row(f"{large}, floats on the CPU too", large, floats, sides.equal("only", large))
+        packing = PackingSides(sides.folder / "files" / "all", Path(folder) / "packed", large, small)
+        packing.require_equal()
+        pairs = interleave(packing.pixels_alone, packing.whole, repeats=args.repeats, warmup=1, seconds=core_seconds)
+        low, middle, high = quartiles([alone / whole for alone, whole in pairs])
+        share = f"{middle:.0%} ({low:.0%} to {high:.0%}) of its time works on pixels"
+        samples = packing.pixels_alone()
+        writing = statistics.median(core_seconds(lambda: packing.written_alone(samples)) for _ in range(args.repeats))
+        alone, whole = (statistics.median(side) for side in zip(*pairs, strict=True))
+        cores = f"one process writes for {alone / writing:.0f} cores"
+        yield Fact(f"packing {both}, {args.images / whole:.3g} images/s", f"{share}; {cores}")
         yield Fact("a file", f"{sides.bytes / args.images / 1000:.0f} kB, JPEG q95 4:4:4 of {large} pixels")
         path = large_index(Path(folder) / "index", args.entries)
         took = statistics.median(clock("cpu")(lambda: Index.read(path)) for _ in range(5))

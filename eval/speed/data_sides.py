@@ -7,6 +7,7 @@ JPEG of quality 95, 4:4:4, 1024 pixels, it is what shards/README.md has of real 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 from collections.abc import Callable
@@ -23,8 +24,11 @@ from torchvision import transforms as usual_transforms
 from torchvision.datasets import ImageFolder
 
 from letit_dist.data.index import Index, Shard
+from letit_dist.data.packing import PackOptions, pack
 from letit_dist.data.reader import ImageStream, ShardDataset
-from letit_dist.data.transforms import default_quality, encode, to_images
+from letit_dist.data.source_base import Request
+from letit_dist.data.sources import open_source
+from letit_dist.data.transforms import decode, default_quality, encode, resize_crop, to_images
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
 from letit_dist.evaluation.benchmark import Side
@@ -153,6 +157,53 @@ class DataSides:
             return f"{distance:.1f} dB from the box filter"
 
         return agree
+
+
+@dataclass
+class PackingSides:
+    """Packing a folder of files into squares of `side` pixels with `small` ones beside them, in one process: the work
+    on pixels alone, as plain calls, against all of it."""
+
+    files: Path
+    out: Path
+    side: int
+    small: int
+    count: int = 0
+
+    def pixels_alone(self) -> list[dict[str, bytes]]:
+        """Decodes, reduces and encodes every file in memory; by file, extension -> bytes."""
+        samples = []
+        for path in sorted(self.files.iterdir()):
+            square = resize_crop(decode(path.read_bytes()), self.side)
+            squares = {side: resize_crop(square, side) for side in (self.side, self.small)}
+            samples.append({f"{side}.jpg": encode(pixels, "jpeg", None) for side, pixels in squares.items()})
+        return samples
+
+    def written_alone(self, samples: list[dict[str, bytes]]) -> None:
+        """Shards of these samples: what the one process that writes does for all that prepare them."""
+        with ShardWriter(self._fresh()) as writer:
+            for number, files in enumerate(samples):
+                writer.write(f"{number:05d}", {**files, "json": b"{}"}, position=number)
+
+    def _fresh(self) -> Path:
+        self.count += 1
+        return self.out / str(self.count)
+
+    def whole(self) -> Path:
+        """The shards, in a folder of their own."""
+        (part,) = open_source(str(self.files), Request(resolution=self.side))
+        options = PackOptions(resolution=self.side, smaller=(self.small,), format="jpeg")
+        with contextlib.redirect_stderr(io.StringIO()):
+            return pack(part, self._fresh(), options).folder
+
+    def require_equal(self) -> None:
+        """Raises UserError where the shards hold other images."""
+        index = Index.read(self.whole())
+        for number, expected in enumerate(self.pixels_alone()):
+            for extension, data in expected.items():
+                start, size = index.files(number)[extension]
+                if index.path_of(number).read_bytes()[start : start + size] != data:
+                    raise UserError(f"packing wrote other bytes: sample {number}, {extension}")
 
 
 def _pillow(data: bytes) -> Tensor:

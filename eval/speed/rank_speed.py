@@ -36,6 +36,8 @@ class RankSpeed:
     def __init__(self, folder: Path, config: Path, launch: Path, *, images: int, overrides: list[str]):
         self.folder, self.config, self.launch, self.overrides = folder, config, launch, overrides
         self.ranks = ranks_of(launch)
+        if (cores := len(os.sched_getaffinity(0))) < self.ranks:
+            raise UserError(f"--launch {launch}: starts {self.ranks} processes, and there are {cores} cores for them")
         self.images = images
         self.count = 0
         self.shards = []
@@ -52,8 +54,17 @@ class RankSpeed:
         total = _INTERVALS * self.images
         keys = [f"data.train=[{', '.join(map(str, self.shards))}]", "data.workers=0", f"training.images={total}"]
         keys += [f"intervals.report={self.images}", f"intervals.samples={total}", f"intervals.checkpoint={total}"]
-        command = [*start, "launch/pretrain.py", str(self.config), "--run", str(run), *keys, *self.overrides]
-        # One thread a rank: with more, one rank would use the cores of the others.
+        command = [
+            *start,
+            "eval/speed/own_core.py",
+            "launch/pretrain.py",
+            str(self.config),
+            "--run",
+            str(run),
+            *keys,
+            *self.overrides,
+        ]
+        # One thread and one core a rank: with more, one rank would use the cores of the others.
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:

@@ -1,4 +1,4 @@
-"""the same pretraining by one process and by several, each with one thread: images a second"""
+"""the same pretraining by one process and by several, each on a core of its own: images a second"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch.utils.flop_counter import flop_registry
 
 from letit_dist.config import PretrainConfig
 from letit_dist.recipes.base import Batch, Level, Recipe
+from letit_dist.training.optim import require_gradients
 
 _COUNTED = 2  # images of the pass that is counted
+_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DDP closes its first bucket of gradients, and every other
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class PhaseCost:
     name: str
     operations: float  # an image, forward and backward: a multiplication with its addition counts as two
     gradients: int  # bytes of the gradients that ranks exchange, once a step
-    needed: int  # bytes of those that the phase's optimiser step reads
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,7 @@ def step_costs(build: Callable[[], Recipe], config: PretrainConfig, levels: Sequ
         recipe = build()
     recipe.eval()  # codebook statistics read numbers, and there are none
     wide = 8 if config.training.precision == "fp64" else 4
-    groups = [(group.name, wide * sum(p.numel() for p in group.parameters)) for group in recipe.parameter_groups()]
-    # DDP exchanges the gradients of everything it wraps; those of networks outside a phase as zeros.
-    gradients = sum(size for _, size in groups)
+    groups = recipe.parameter_groups()
     costs: list[list[PhaseCost]] = []
     for level in levels:
         side = level.resolution or config.autoencoder.resolution
@@ -93,14 +92,33 @@ def step_costs(build: Callable[[], Recipe], config: PretrainConfig, levels: Sequ
         batch = Batch({"images": images}, torch.arange(_COUNTED), level.start, _COUNTED)
         costs.append([])
         for phase in recipe.phases:
+            require_gradients(groups, recipe.active_groups(phase, level.start))
             with mode, _Operations() as counter:
                 recipe(phase.name, batch).loss.backward()
             recipe.zero_grad(set_to_none=True)
-            active = recipe.active_groups(phase, level.start)
-            needed = sum(size for name, size in groups if name in active)
+            gradients = exchanged((wide * p.numel(), p.requires_grad) for p in recipe.parameters())
             operations = counter.total / _COUNTED / phase.every
-            costs[-1].append(PhaseCost(phase.name, operations, gradients // phase.every, needed // phase.every))
+            costs[-1].append(PhaseCost(phase.name, operations, gradients // phase.every))
     return costs
+
+
+def exchanged(parameters: Iterable[tuple[int, bool]]) -> int:
+    """Bytes that DDP exchanges of gradients given as (bytes, used), in the order in which it wraps their parameters.
+
+    It fills one bucket after the other, and a bucket goes out whole if any of it is used
+    (`letit_dist.training.setup.exchange_used_gradients`).
+    """
+    first, limit = _BUCKETS
+    total = held = 0
+    needed = False
+    closes = first
+    for size, used in parameters:
+        held += size
+        needed |= used
+        if held >= closes:
+            total += held * needed
+            held, needed, closes = 0, False, limit
+    return total + held * needed
 
 
 def efficiency(costs: Sequence[PhaseCost], batch: int, ranks: int, cluster: Cluster) -> Efficiency:

@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist import rng
 from letit_dist.config import TrainingConfig
@@ -153,6 +155,31 @@ def require_equal_weights(accelerator: Accelerator, module: nn.Module) -> None:
     torch.distributed.all_gather(every, total)
     if any(other.item() != every[0].item() for other in every):
         raise UserError("the ranks start from different weights: are all nodes on the same version and config?")
+
+
+def prepare(accelerator: Accelerator, recipe: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    """What training calls in place of `recipe`: itself, or wrapped so that ranks share their gradients."""
+    model, _ = accelerator.prepare(recipe, optimizer)
+    if isinstance(model, DistributedDataParallel) and model.find_unused_parameters:
+        exchange_used_gradients(model)
+    return model
+
+
+def exchange_used_gradients(model: DistributedDataParallel) -> None:
+    """Spare the exchange of gradients that nobody asked for.
+
+    A phase asks for none of networks outside it; DDP alone would send their zeros to and fro.
+    """
+
+    def mean(bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        if any(parameter.requires_grad for parameter in bucket.parameters()):
+            return allreduce_hook(model.process_group, bucket)
+        zeros: torch.futures.Future[Tensor] = torch.futures.Future()
+        zeros.set_result(bucket.buffer())
+        return zeros
+
+    # A lambda: DDP compares annotations, and they are strings here.
+    model.register_comm_hook(None, lambda _, bucket: mean(bucket))
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

@@ -33,6 +33,7 @@ from letit_dist.training.setup import (
     configure_deepspeed,
     is_deepspeed,
     main_decides,
+    prepare,
     require_equal_weights,
 )
 from letit_dist.training.sharded import TrainingState
@@ -103,7 +104,7 @@ class Trainer:
             )
         self.groups = recipe.parameter_groups()
         optimizer = build_optimizer(self.groups, recipe.config.optimizer)
-        self.model, _ = accelerator.prepare(recipe, optimizer)
+        self.model = prepare(accelerator, recipe, optimizer)
         # accelerate's and DeepSpeed's wrappers keep the dicts of these groups; flags and rates are set here.
         self.base_optimizer = optimizer
         self.state = TrainingState(self.model, recipe, optimizer)
