@@ -13,6 +13,7 @@ for argument in "$@"; do
 done
 python -m ruff check .
 python -m ruff format --check .
+python -m mypy
 if [ ${#arguments[@]} -gt 0 ]; then
   if [ -n "$full" ]; then arguments+=(-m "not full"); fi
   exec python -m pytest "${arguments[@]}"

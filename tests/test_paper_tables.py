@@ -7,12 +7,12 @@ import shutil
 import pytest
 from programs import ROOT, run, shared_chain
 
-from letit_dist.config import load_config
+from letit_dist.config import load_config, parse_config
 from letit_dist.energy.translate import open_translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation import paper_tables
 from letit_dist.evaluation.extractors import open_extractor
-from letit_dist.evaluation.paper_tables import TablesConfig, going, open_runs, shards_of, training_days
+from letit_dist.evaluation.paper_tables import CellConfig, TablesConfig, going, open_runs, shards_of, training_days
 from letit_dist.evaluation.protocols import load_protocol
 from letit_dist.pretrained import find_folder
 
@@ -221,6 +221,14 @@ def test_bad_input(chain, config, shallow, tmp_path):
     (config.parent / "tiny.yaml").write_text(PROTOCOL)
     done = run(*base, "--data", chain.root, "--random-weights")
     assert done.code == 2 and "measured.jsonl is damaged" in done.err
+
+
+def test_a_cell_says_what_it_lacks_to_be_measured():
+    with pytest.raises(UserError, match=r"^measure fid needs data and protocol$"):
+        parse_config(CellConfig, {"measure": "fid"})
+    with pytest.raises(UserError, match=r"^measure kid needs protocol$"):
+        parse_config(CellConfig, {"measure": "kid", "data": "fruit"})
+    assert parse_config(CellConfig, {"measure": "days"}).data is None
 
 
 def test_table8_prints_the_sweep(chain, tmp_path):

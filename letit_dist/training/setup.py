@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -25,6 +25,9 @@ from letit_dist import rng
 from letit_dist.config import TrainingConfig
 from letit_dist.errors import UserError
 from letit_dist.training.plan import BatchPlan
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
 
 T = TypeVar("T")
 
@@ -171,7 +174,7 @@ def exchange_used_gradients(model: DistributedDataParallel) -> None:
     A phase asks for none of networks outside it; DDP alone would send their zeros to and fro.
     """
 
-    def mean(bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    def mean(bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if any(parameter.requires_grad for parameter in bucket.parameters()):
             return allreduce_hook(model.process_group, bucket)
         zeros: torch.futures.Future[Tensor] = torch.futures.Future()

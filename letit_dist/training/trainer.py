@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -117,7 +117,7 @@ class Trainer:
         self._batch_start = 0
         self._signals = StopSignals()
         self._doing = "before the first batch"
-        self._preview = None
+        self._preview: Batch | None = None
         self._preview_count = preview
 
     # ---------------------------------------------------------------- the loop
@@ -221,14 +221,15 @@ class Trainer:
         ranks = self.accelerator.num_processes
         return self.feed.batches(self.images_seen, self.plan.batch, self.accelerator.process_index, ranks, resolution)
 
-    def _gradients_shared(self, last: bool):
+    def _gradients_shared(self, last: bool) -> contextlib.AbstractContextManager[object]:
         # DDP would all-reduce after every microbatch; DeepSpeed is told through sync_gradients instead.
         self.accelerator.sync_gradients = last
-        if not last and hasattr(self.model, "no_sync") and not self.deepspeed:
-            return self.model.no_sync()
+        no_sync = getattr(self.model, "no_sync", None)
+        if not last and no_sync is not None and not self.deepspeed:
+            return no_sync()
         return contextlib.nullcontext()
 
-    def _backward(self, loss, last: bool) -> None:
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
         if self.deepspeed:
             self.accelerator.backward(loss)  # scales by the accumulation itself, and steps when `last`
         else:
@@ -243,7 +244,7 @@ class Trainer:
         torch.distributed.all_reduce(packed)
         return packed.tolist()
 
-    def _refuse_bad_loss(self, phase: Phase, loss) -> None:
+    def _refuse_bad_loss(self, phase: Phase, loss: torch.Tensor) -> None:
         """Raise on every rank, before any weight can change, when the loss of one rank is unusable."""
         limit = self.recipe.loss_limit or math.inf
         value = float(loss.detach())
@@ -289,11 +290,11 @@ class Trainer:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def _bar(self, total: int) -> tqdm:
+    def _bar(self, total: int) -> tqdm[NoReturn]:
         show = self.is_main and sys.stderr.isatty()
         return tqdm(total=total, initial=self.images_seen, unit="img", disable=not show, dynamic_ncols=True)
 
-    def report(self, bar: tqdm) -> None:
+    def report(self, bar: tqdm[NoReturn]) -> None:
         """One line in stats.jsonl and in the log, with means over the interval and over the ranks."""
         self.means.synchronise()
         means = self.means.means()
@@ -372,7 +373,7 @@ class Trainer:
 
         def newest() -> str | None:
             checkpoint = self.store.latest(self.say)
-            return checkpoint and str(checkpoint.folder)
+            return None if checkpoint is None else str(checkpoint.folder)
 
         folder = main_decides(self.accelerator, newest)
         if folder is None:
