@@ -24,11 +24,11 @@ class NaiveVQVAE2:
         self.weights = {n: p.detach().clone(**plain).requires_grad_() for n, p in network.named_parameters()}
         self.books = {name: buffer.clone() for name, buffer in network.named_buffers()}
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=rate, eps=eps, foreach=False)
-        self.bf16 = False
+        self.precision = "fp32"
 
     def loss(self, images: Tensor) -> Tensor:
         """Of (B, 3, H, W); moves the codebooks."""
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             bottom = self._encode("bottom_encoder", images)
             top = self._convolve("top_projection", self._encode("top_encoder", bottom))
             top, commitment_top = self._quantise("top", top)
