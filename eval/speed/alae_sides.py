@@ -14,8 +14,9 @@ from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.training.setup import seed_weights
+from speed.agreement import full_precision
 from speed.naive_alae import PHASES, NaiveALAE
-from speed.trainers import full_precision, idle_trainer, learning_side, ready
+from speed.trainers import idle_trainer, learning_side, ready
 
 RATE, HALF_LIFE = 1.5e-3, 10_000.0  # as published
 
@@ -60,10 +61,12 @@ class AlaeSides:
         run: Path,
         precision: str = "fp32",
         compiler: str | None = None,
+        naive_precision: str | None = None,
         eps: float = 1e-8,
         seed: int = 0,
     ):
-        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides."""
+        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides. With
+        `naive_precision` the naive side has its own, and no compiler."""
         seed_weights(seed)
         network = _without_constants(ALAE(config))
         optimizer = OptimizerConfig(learning_rate=RATE, betas=(0.0, 0.99), eps=eps)
@@ -71,19 +74,20 @@ class AlaeSides:
         self.trainer = idle_trainer(self.recipe, run, batch=batch, ema_half_life=HALF_LIFE, ema_warmup=0.0)
         # Only now are the weights on their device and in their precision.
         self.naive = NaiveALAE(network, rate=RATE, half_life=HALF_LIFE, eps=eps)
-        self.naive.precision = precision
+        self.naive.precision = naive_precision or precision
         self.level = network.top
         device, dtype = network.w_mean.device, network.w_mean.dtype
         self.images = torch.rand(batch, 3, config.resolution, config.resolution).to(device, dtype) * 2 - 1
         self.batch = ready(self.trainer, Batch({"images": self.images}, torch.arange(batch), 0, batch))
         if compiler:
-            self._compile(compiler)
+            self._compile(compiler, (self.recipe,) if naive_precision else (self.recipe, self.naive))
 
-    def _compile(self, backend: str) -> None:
+    def _compile(self, backend: str, sides: tuple) -> None:
         # R1 differentiates inside the loss, which the compiler follows only when told to.
         torch._dynamo.config.trace_autograd_ops = True
         for phase, _ in PHASES:
-            for side, name in ((self.recipe, f"{phase}_step"), (self.naive, f"{phase}_loss")):
+            for side in sides:
+                name = f"{phase}_{'step' if side is self.recipe else 'loss'}"
                 setattr(side, name, torch.compile(getattr(side, name), backend=backend))
 
     # ---------------------------------------------------------------- what is timed

@@ -19,8 +19,9 @@ from letit_dist.recipes.base import OptimizerConfig
 from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe
 from letit_dist.training.feeds import LatentFeed
 from letit_dist.training.setup import seed_weights
+from speed.agreement import apart, full_precision, listed, require_agreement
 from speed.naive_energy import NaiveEnergy
-from speed.trainers import full_precision, idle_trainer, learning_side, ready
+from speed.trainers import idle_trainer, learning_side, ready
 
 RATE, BETAS, EPS, HALF_LIFE = 1e-3, (0.5, 0.999), 1e-8, 22_170.0
 TOLERANCE = 1e-5
@@ -43,9 +44,18 @@ class EnergySides:
     """
 
     def __init__(
-        self, chain: Chain, autoencoder: Autoencoder, folder: Path, *, frozen: bool, bf16: bool = False, seed: int = 0
+        self,
+        chain: Chain,
+        autoencoder: Autoencoder,
+        folder: Path,
+        *,
+        frozen: bool,
+        bf16: bool = False,
+        naive_precision: str | None = None,
+        seed: int = 0,
     ):
-        """`folder` takes the encoded domains and the trainer's run; `frozen` as in `NaiveEnergy`."""
+        """`folder` takes the encoded domains and the trainer's run; `frozen` as in `NaiveEnergy`; with
+        `naive_precision` the naive side has its own."""
         self.chain, self.autoencoder = chain, autoencoder.eval().requires_grad_(False)
         seed_weights(seed)
         energy = build_energy(chain.energy, autoencoder.latent_shape)
@@ -75,7 +85,7 @@ class EnergySides:
             decay=0.5 ** (chain.batch / HALF_LIFE),
             frozen=frozen,
         )
-        self.naive.precision = recipe.precision
+        self.naive.precision = naive_precision or recipe.precision
         side = autoencoder.config.resolution
         shape = (2, chain.batch, 3, side, side)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -145,7 +155,7 @@ class EnergySides:
             loss, ended = self.naive.iteration(*self.latents)
             self.trainer.means.clear()
             start = self.recipe.transport(self.latents[0], next(self._batches()))
-            worst = {"chains": _apart(start.latents, ended)}
+            worst = {"chains": apart(start.latents, ended)}
             self._iterate(self._batches())
             scale = self.trainer.means.means()
             energies = max(abs(scale["energy_target"]), abs(scale["energy_translated"]))
@@ -162,17 +172,8 @@ class EnergySides:
                 ("weights", self.naive.weights[name], ours),
                 ("averages", self.naive.averages[name], averages[name]),
             ):
-                worst[kind] = max(worst[kind], _apart(other[clear], plain[clear], plain))
-        for kind, found in worst.items():
-            if not found <= TOLERANCE:
-                raise UserError(f"the two sides disagree: {kind} by {found:.2g}, allowed are {TOLERANCE:g}")
+                worst[kind] = max(worst[kind], apart(other[clear], plain[clear], plain))
+        require_agreement(worst, TOLERANCE)
         if compared < 0.5 * total:
             raise UserError(f"only {compared} of {total} weights have a gradient that is more than rounding")
-        return ", ".join(f"{kind} {found:.0e}" for kind, found in worst.items())
-
-
-@torch.no_grad()
-def _apart(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
-    if not found.numel():
-        return 0.0
-    return float((found - expected).abs().max() / (expected if scale is None else scale).abs().max())
+        return listed(worst)

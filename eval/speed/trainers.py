@@ -1,13 +1,11 @@
-"""A trainer that stands still, for benchmarks that take its iterations one by one; what it holds; full precision."""
+"""A trainer that stands still, for benchmarks that take its iterations one by one; and what it holds."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from letit_dist.config import IntervalsConfig, TrainingConfig
@@ -50,26 +48,3 @@ def held(trainer: Trainer) -> Iterator[Tensor]:
 def learning_side(trainer: Trainer, run: Callable[[], object]) -> Side:
     """Our side of a match: `run` takes an iteration of `trainer`."""
     return Side(run, lambda: held(trainer), lambda: trainer.base_optimizer.zero_grad(set_to_none=True))
-
-
-class HasPrecision(Protocol):
-    precision: str
-
-
-@contextlib.contextmanager
-def full_precision(*models: HasPrecision) -> Iterator[None]:
-    """No autocast in any of the models, nor the shortened products that a GPU takes by default."""
-    products = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    shortened = [flags.allow_tf32 for flags in products]
-    precisions = [model.precision for model in models]
-    try:
-        for flags in products:
-            flags.allow_tf32 = False
-        for model in models:
-            model.precision = "fp32"
-        yield
-    finally:
-        for flags, value in zip(products, shortened, strict=True):
-            flags.allow_tf32 = value
-        for model, precision in zip(models, precisions, strict=True):
-            model.precision = precision

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
-from letit_dist.errors import UserError
 from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.recipes.vqvae2 import VQVAE2Recipe, VQVAE2RecipeConfig
 from letit_dist.training.setup import seed_weights
+from speed.agreement import apart, full_precision, require_agreement
 from speed.naive_vqvae2 import LEVELS, NaiveVQVAE2
-from speed.trainers import full_precision, idle_trainer, learning_side, ready
+from speed.trainers import idle_trainer, learning_side, ready
 
 RATE = 3e-4
 
@@ -30,9 +29,11 @@ class Vqvae2Sides:
         run: Path,
         precision: str = "fp32",
         compiler: str | None = None,
+        naive_precision: str | None = None,
         seed: int = 0,
     ):
-        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides."""
+        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides. With
+        `naive_precision` the naive side has its own, and no compiler."""
         seed_weights(seed)
         network = VQVAE2(config)
         optimizer = OptimizerConfig(learning_rate=RATE)
@@ -40,13 +41,14 @@ class Vqvae2Sides:
         self.trainer = idle_trainer(self.recipe, run, batch=batch)
         # Only now are the weights on their device and in their precision.
         self.naive = NaiveVQVAE2(network, rate=RATE)
-        self.naive.precision = precision
+        self.naive.precision = naive_precision or precision
         device, dtype = self.trainer.accelerator.device, self.trainer.dtype
         images = torch.rand(batch, 3, config.resolution, config.resolution) * 2 - 1
         self.images = images.to(device, dtype)
         self.batch = ready(self.trainer, Batch({"images": self.images}, torch.arange(batch), 0, batch))
         if compiler:
             network.forward_training = torch.compile(network.forward_training, backend=compiler)
+        if compiler and naive_precision is None:
             self.naive.loss = torch.compile(self.naive.loss, backend=compiler)
 
     @property
@@ -73,16 +75,9 @@ class Vqvae2Sides:
         if weights:
             parameters = dict(self.recipe.autoencoder.named_parameters())
             buffers = dict(self.recipe.autoencoder.named_buffers())
-            found["weights"] = max(_apart(parameters[name], plain) for name, plain in self.naive.weights.items())
+            found["weights"] = max(apart(parameters[name], plain) for name, plain in self.naive.weights.items())
             # Not the codes: those that the first batch leaves out are thrown so far away that they hide the others.
             names = [f"{level}_quantizer.{name}" for level in LEVELS for name in ("embed_avg", "cluster_size")]
-            found["codebooks"] = max(_apart(buffers[name], self.naive.books[name]) for name in names)
-        for kind, difference in found.items():
-            if not difference <= tolerance:
-                raise UserError(f"the two sides disagree: {kind} by {difference:.2g}, allowed are {tolerance:g}")
+            found["codebooks"] = max(apart(buffers[name], self.naive.books[name]) for name in names)
+        require_agreement(found, tolerance)
         return found
-
-
-@torch.no_grad()
-def _apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
