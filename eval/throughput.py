@@ -17,13 +17,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from speed import alae, data, energy, ranks, save, vqvae2
+from speed import alae, beta_vae, data, decode, energy, ranks, save, translate, vqvae2
 from speed.arguments import at_least_one
 
 from letit_dist.errors import UserError, reports_errors
 
 # name -> module with options(parser), and matches(args), a generator of its matches and facts
-BENCHMARKS = {module.__name__.removeprefix("speed."): module for module in (alae, data, energy, vqvae2, ranks, save)}
+_MODULES = (alae, vqvae2, beta_vae, energy, decode, translate, data, ranks, save)
+BENCHMARKS = {module.__name__.removeprefix("speed."): module for module in _MODULES}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,6 +36,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, metavar="N", help="of torch on the CPU (default: its own choice)")
     add("--bf16", action="store_true", help="under bfloat16 autocast; agreement is found without")
     add("--compile", nargs="?", const="inductor", metavar="BACKEND", help="both sides by torch.compile (inductor)")
+    add("--plain", action="store_true", help="the naive side in float32 without a compiler, whatever ours has")
+    add("--flops", action="store_true", help="count operations too: GFLOP/s, and on known GPUs the share of the peak")
     add("--out", type=Path, metavar="DIR", help="also write DIR/DATE-NAME.md")
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
@@ -68,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {args.out} is a file, expected a folder")
     import torch
 
-    from letit_dist.evaluation.benchmark import Fact, Report, machine, measure
+    from letit_dist.evaluation.benchmark import LEGEND, Fact, Report, machine, measure
     from letit_dist.training.run import environment
 
     device = choose_device(args.device)
@@ -83,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         warmup = 5 if args.compile else 1
         # Buffers of compiled code on a CPU are not seen by anybody.
         with_memory = not (args.compile and device == "cpu")
-        result = measure(match, device=device, repeats=args.repeats, warmup=warmup, with_memory=with_memory)
+        also = {"with_memory": with_memory, "with_operations": args.flops}
+        result = measure(match, device=device, repeats=args.repeats, warmup=warmup, **also)
         results.append(result)
         print(f"{result.name}: naive / ours {result.quartiles[1]:.2f}", file=sys.stderr, flush=True)
     command = shlex.join(["python", "eval/throughput.py", *(sys.argv[1:] if argv is None else argv)])
@@ -96,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         results=results,
         facts=facts,
         settings={name: value for name, value in vars(args).items() if name not in hidden},
+        legend=getattr(BENCHMARKS[args.command], "LEGEND", LEGEND),
     )
     if results:
         print(report.table())

@@ -1,6 +1,9 @@
 """Many images into a folder, and the ways from folders to a translator."""
 
+import gc
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -9,14 +12,17 @@ from plain_autoencoders import Pixels
 
 from letit_dist import memory
 from letit_dist.autoencoders.base import build_autoencoder
+from letit_dist.data import inputs
 from letit_dist.data.inputs import open_images
 from letit_dist.data.transforms import decode, to_images, to_pixels
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
 from letit_dist.energy.models import MLPEnergyConfig, build_energy
 from letit_dist.energy.translate import Translator, choose_translator, open_translator
 from letit_dist.errors import UserError
+from letit_dist.evaluation import translating
 from letit_dist.evaluation.translating import TranslateOptions, plan_translation, translate_all
 from letit_dist.memory import GIB, peak_bytes
+from letit_dist.pictures import save_picture
 from letit_dist.pretrained import find_folder
 from letit_dist.registry import AUTOENCODERS
 
@@ -153,8 +159,8 @@ def test_the_budget_decides_how_many_at_once_and_changes_no_picture(apples, tmp_
 
     noisy.autoencoder.encode = counted
     pixels = 3 * 16**2
-    # Sources, noise and gradients: a dozen float images each. Sheets and paths are drawn one at a time.
-    drawn = 3 * 96**2 * 24 + 3 * 7 * pixels
+    # Sources, noise and gradients: a dozen float images each. A sheet and a path are drawn at a time.
+    drawn = 3 * 96**2 * (24 + 4) + 3 * 7 * pixels
     translate(noisy, apples, tmp_path / "small", budget=drawn + 5 * 12 * 4 * pixels, sheet=True, path=True)
     assert max(sizes) in (2, 3, 4, 5) and sum(sizes) == 8 and sizes[:-1] == [max(sizes)] * (len(sizes) - 1)
     for part in ("", "paths", "sheets"):
@@ -174,12 +180,131 @@ def test_kept_frames_and_sheets_are_counted(apples, alone):
     pixels = 3 * 16**2
     assert plain.images == 8 and plain.beside == 0
     assert path.per_image - plain.per_image >= 4 * pixels
-    # A frame of 37 further steps is 768 bytes here, kept as pixels; the strip is drawn at 96 pixels a side.
-    assert longer.per_image - path.per_image == pytest.approx(37 * pixels, abs=pixels)
+    # A frame of 37 further steps is 768 bytes here, kept as pixels, of the chunk at work and of the one that is
+    # written; the strip is drawn at 96 pixels a side.
+    assert longer.per_image - path.per_image == pytest.approx(2 * 37 * pixels, abs=pixels)
     assert longer.beside - path.beside == 37 * 3 * 96**2
     sheet = planned(sheet=True)
     assert sheet.beside == 24 * 3 * 96**2 + 21 * pixels and sheet.per_image > plain.per_image
     assert planned(path=True, steps=40, strength=0.5).beside == 21 * 3 * 96**2
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A function that makes a folder of that many pictures of 16 pixels."""
+
+    def make(count):
+        folder = tmp_path / f"{count} pictures"
+        folder.mkdir()
+        for number in range(count):
+            pixels = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(number))
+            Image.fromarray(pixels.byte().numpy()).save(folder / f"{number:03d}.png")
+        return folder
+
+    return make
+
+
+def test_memory_is_flat_in_the_number_of_images(many, tmp_path, monkeypatch):
+    """Writing that is slower than the work, and reading that is faster: what lives does not pile up."""
+    side, batch, lock, most = 16, 4, threading.Lock(), {}
+    write = translating.save_picture
+
+    def slow(picture, path):
+        time.sleep(0.02)
+        with lock:
+            tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+            alive = {
+                t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.shape[-1:] == (side,)
+            }
+            most[path.parent.name] = max(most.get(path.parent.name, 0), sum(alive.values()))
+        write(picture, path)
+
+    monkeypatch.setattr(translating, "save_picture", slow)
+    for batches in (2, 8):
+        images = many(batches * batch)
+        translate(painter(), images, tmp_path / f"out{batches}", batch=batch)
+        assert len(list((tmp_path / f"out{batches}").iterdir())) == batches * batch
+    chunk = batch * 3 * side**2
+    # Whether a chunk is seen at work is chance; six more chunks would be, if all that is finished waited to be written.
+    assert chunk <= most["out2"] <= most["out8"] + 5 * chunk and most["out8"] <= most["out2"] + 5 * chunk
+
+
+def test_writing_and_reading_happen_during_the_work(many, tmp_path, monkeypatch):
+    """The second chunk is not finished before the first one is written, and was read before that: else this waits for
+    ever."""
+    written, read, work = threading.Event(), threading.Event(), translating._translate
+    seen = []
+
+    def watched(translator, pixels, places, options):
+        if places[0] == 4:
+            assert written.wait(20), "nothing was written while the second chunk was worked on"
+            assert read.wait(20), "the third chunk was not read while the second one was worked on"
+        seen.append(list(places))
+        return work(translator, pixels, places, options)
+
+    def write(picture, path, **options):
+        save_picture(picture, path, **options)
+        if path.stem == "003":
+            written.set()
+
+    load = inputs._Files._load
+
+    def reading(self, position):
+        if position == 11:
+            read.set()
+        return load(self, position)
+
+    monkeypatch.setattr(translating, "_translate", watched)
+    monkeypatch.setattr(translating, "save_picture", write)
+    monkeypatch.setattr(inputs._Files, "_load", reading)
+    images = many(12)
+    translate(painter(), images, tmp_path / "out", batch=4)
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [path.stem for path in sorted((tmp_path / "out").iterdir())] == [f"{n:03d}" for n in range(12)]
+
+
+def test_a_disk_that_is_full_is_heard_of(many, tmp_path, monkeypatch):
+    count = []
+
+    def full(picture, path, **options):
+        count.append(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(translating, "save_picture", full)
+    with pytest.raises(OSError, match="No space left"):
+        translate(painter(), many(12), tmp_path / "out", batch=4)
+    assert 1 <= len(count) <= 8  # of the first chunk, and no more than was begun
+
+
+def test_an_unreadable_picture_is_left_out_in_its_place(many, tmp_path):
+    images = many(9)
+    (images / "004.png").write_bytes(b"no picture")
+    lines = translate(painter(noise_scale=0.1), images, tmp_path / "out", batch=4)
+    assert f"left out: {images / '004.png'}" in lines[0] and lines[-1].endswith("1 unreadable images left out")
+    (images / "004.png").unlink()
+    translate(painter(noise_scale=0.1), images, tmp_path / "alone", batch=3)
+    with_bad, without = pixels_of(tmp_path / "out"), pixels_of(tmp_path / "alone")
+    assert with_bad.keys() == without.keys() and len(without) == 8
+    assert all((with_bad[name].int() - without[name].int()).abs().max() <= 1 for name in without)
+
+
+def test_what_comes_ahead_is_the_same():
+    made = []
+
+    def items():
+        for number in range(6):
+            made.append(number)
+            yield number
+        raise UserError("no more")
+
+    source = inputs.ahead(items(), 2)
+    assert next(source) == 0 and max(made) <= 2
+    with pytest.raises(UserError, match="no more"):
+        assert [*source] == "never reached"
+    assert list(inputs.ahead(iter(range(7)), 3)) == list(range(7))
+    half = inputs.ahead(iter(range(10**9)), 3)
+    assert next(half) == 0
+    half.close()
 
 
 def test_a_budget_for_not_even_one(apples, tmp_path, alone):

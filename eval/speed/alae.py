@@ -44,8 +44,9 @@ def matches(args: argparse.Namespace) -> Iterator:
             exact = AlaeSides(config, batch=min(args.batch, 2), run=run, precision="fp64", eps=1e-30)
             exact = exact.compare(Tolerance()).found
             gc.collect()
+            precision, naive = "bf16" if args.bf16 else "fp32", "fp32" if args.plain else None
             sides = AlaeSides(
-                config, batch=args.batch, run=run, precision="bf16" if args.bf16 else "fp32", compiler=args.compile
+                config, batch=args.batch, run=run, precision=precision, compiler=args.compile, naive_precision=naive
             )
 
             def agree(sides=sides, exact=exact) -> str:
@@ -56,4 +57,4 @@ def matches(args: argparse.Namespace) -> Iterator:
                     f"weights {exact['weight']:.0e}; float32: losses {found['loss']:.0e}"
                 )
 
-            yield Match(f"{config.resolution} pixels", sides.naive_side, sides.our_side, agree)
+            yield Match(f"{config.resolution} pixels", sides.naive_side, sides.our_side, agree, images=args.batch)

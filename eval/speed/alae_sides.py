@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,14 +9,14 @@ import torch
 from torch import Tensor
 
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
-from letit_dist.config import IntervalsConfig, TrainingConfig
 from letit_dist.errors import UserError
 from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig
 from letit_dist.recipes.base import Batch, OptimizerConfig
-from letit_dist.training.setup import create_accelerator, seed_weights
-from letit_dist.training.trainer import Trainer
+from letit_dist.training.setup import seed_weights
+from speed.agreement import full_precision
 from speed.naive_alae import PHASES, NaiveALAE
+from speed.trainers import idle_trainer, learning_side, ready
 
 RATE, HALF_LIFE = 1.5e-3, 10_000.0  # as published
 
@@ -63,40 +61,33 @@ class AlaeSides:
         run: Path,
         precision: str = "fp32",
         compiler: str | None = None,
+        naive_precision: str | None = None,
         eps: float = 1e-8,
         seed: int = 0,
     ):
-        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides."""
+        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides. With
+        `naive_precision` the naive side has its own, and no compiler."""
         seed_weights(seed)
         network = _without_constants(ALAE(config))
         optimizer = OptimizerConfig(learning_rate=RATE, betas=(0.0, 0.99), eps=eps)
         self.recipe = ALAERecipe(ALAERecipeConfig(optimizer=optimizer), network, seed=seed, precision=precision)
-        self.trainer = Trainer(
-            create_accelerator(several_phases=True),
-            self.recipe,
-            feed=None,  # iterations are taken here, one by one
-            run=run,
-            training=TrainingConfig(
-                images=1, batch=batch, precision=precision, ema_half_life=HALF_LIFE, ema_warmup=0.0, seed=seed
-            ),
-            intervals=IntervalsConfig(report=1, samples=1, checkpoint=1),
-        )
+        self.trainer = idle_trainer(self.recipe, run, batch=batch, ema_half_life=HALF_LIFE, ema_warmup=0.0)
         # Only now are the weights on their device and in their precision.
         self.naive = NaiveALAE(network, rate=RATE, half_life=HALF_LIFE, eps=eps)
-        self.naive.precision = precision
+        self.naive.precision = naive_precision or precision
         self.level = network.top
         device, dtype = network.w_mean.device, network.w_mean.dtype
         self.images = torch.rand(batch, 3, config.resolution, config.resolution).to(device, dtype) * 2 - 1
-        self.batch = Batch({"images": self.images}, torch.arange(batch), 0, batch)
-        self.batch = self.batch.to(device, dtype, self.trainer.memory_format)
+        self.batch = ready(self.trainer, Batch({"images": self.images}, torch.arange(batch), 0, batch))
         if compiler:
-            self._compile(compiler)
+            self._compile(compiler, (self.recipe,) if naive_precision else (self.recipe, self.naive))
 
-    def _compile(self, backend: str) -> None:
+    def _compile(self, backend: str, sides: tuple) -> None:
         # R1 differentiates inside the loss, which the compiler follows only when told to.
         torch._dynamo.config.trace_autograd_ops = True
         for phase, _ in PHASES:
-            for side, name in ((self.recipe, f"{phase}_step"), (self.naive, f"{phase}_loss")):
+            for side in sides:
+                name = f"{phase}_{'step' if side is self.recipe else 'loss'}"
                 setattr(side, name, torch.compile(getattr(side, name), backend=backend))
 
     # ---------------------------------------------------------------- what is timed
@@ -115,33 +106,12 @@ class AlaeSides:
     @property
     def our_side(self) -> Side:
         """What `Trainer.train` does with a batch, draws included."""
-
-        def run() -> None:
-            for _ in self._our_phases():
-                pass
-
-        return Side(run, self._held, lambda: self.trainer.base_optimizer.zero_grad(set_to_none=True))
-
-    def _our_phases(self) -> Iterator[str]:
-        """As `NaiveALAE.iteration`: stops after each phase."""
-        trainer, batch = self.trainer, self._next_batch()
-        for phase in self.recipe.phases:
-            trainer.step(phase, batch)
-            yield phase.name
-        trainer.means.add(self.recipe.after_batch(batch))
-        trainer.images_seen += batch.size
-        trainer.average.update(self.recipe, batch.size, trainer.images_seen)
+        return learning_side(self.trainer, lambda: self.trainer.learn(self._next_batch()))
 
     def _next_batch(self) -> Batch:
         """The same images every time, under the positions of a run: the draws are new."""
         seen = self.trainer.images_seen
         return replace(self.batch, images_seen=seen, positions=self.batch.positions + seen)
-
-    def _held(self) -> Iterator[Tensor]:
-        yield from self.recipe.state_dict().values()
-        yield from self.trainer.average.module.state_dict().values()
-        for slots in self.trainer.base_optimizer.state.values():
-            yield from (value for value in slots.values() if isinstance(value, Tensor))
 
     # ---------------------------------------------------------------- agreement
 
@@ -150,38 +120,28 @@ class AlaeSides:
 
         Each phase starts from equal weights: the naive side takes ours when they have been compared.
         """
-        with self._full_precision():
+        with full_precision(self.recipe, self.naive):
             return self._compare(Differences(tolerance))
-
-    @contextlib.contextmanager
-    def _full_precision(self) -> Iterator[None]:
-        """No autocast, nor the shortened products that a GPU takes by default."""
-        products = (torch.backends.cuda.matmul, torch.backends.cudnn)
-        before = [(flags, flags.allow_tf32) for flags in products]
-        precision, self.recipe.precision, self.naive.precision = self.recipe.precision, "fp32", "fp32"
-        try:
-            for flags in products:
-                flags.allow_tf32 = False
-            yield
-        finally:
-            for flags, value in before:
-                flags.allow_tf32 = value
-            self.recipe.precision = self.naive.precision = precision
 
     def _compare(self, differences: Differences) -> Differences:
         naive, weights = self.naive, dict(self.recipe.autoencoder.named_parameters())
         batch = self._next_batch()
         draws = {phase: self.recipe.draws(phase, batch, self.level) for phase, _ in PHASES}
-        ours = self._our_phases()
-        for phase, loss in naive.iteration(self.images, draws.get, self.level):
-            self.trainer.means.clear()
-            next(ours)
+        theirs = naive.iteration(self.images, draws.get, self.level)
+
+        def compare_phase(phase: str) -> None:
+            expected_phase, loss = next(theirs)
+            assert phase == expected_phase
             found, expected = self.trainer.means.means()[f"loss_{phase}"], float(loss)
             differences.note("loss", abs(found - expected) / abs(expected), phase)
             for name, plain in naive.weights.items():
                 moved = plain.grad is not None and name.startswith(dict(PHASES)[phase])
                 self._compare_weight(differences, weights[name], plain, name, phase, moved)
-        list(ours)
+
+        self.trainer.means.clear()
+        self.trainer.learn(batch, compare_phase)
+        if next(theirs, None) is not None:
+            raise UserError("the two sides disagree: the naive one has more phases")
         averages = {name: value for name, value in self.trainer.average.module.autoencoder.named_parameters()}
         averages["w_mean"] = self.recipe.autoencoder.w_mean
         for name, plain in {**naive.averages, "w_mean": naive.w_mean}.items():

@@ -14,6 +14,12 @@ from pathlib import Path
 from letit_dist.errors import UserError
 from speed.arguments import at_least_one, without_effect
 
+LEGEND = """\
+Images a second of one core are medians; the seconds are those in which it works for this process. naive / ours: median
+of the ratios of each pair (quartiles); above 1, ours is faster. MiB: by how much a run makes its process grow.
+Agreement: found before anything was timed.
+"""
+
 
 def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -27,7 +33,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def matches(args: argparse.Namespace) -> Iterator:
     """Reading at both sizes, then facts."""
     at_least_one(args, "images", "batch", "entries", "samples")
-    without_effect(args, "bf16", "compile")
+    without_effect(args, "bf16", "compile", "plain", "flops")
     if args.device == "cuda":
         raise UserError("--device cuda has no effect on data, which is read by CPUs: leave it out")
     if args.images % args.batch:

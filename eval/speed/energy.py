@@ -45,17 +45,19 @@ def matches(args: argparse.Namespace) -> Iterator:
         autoencoder = build_autoencoder(config)
         for frozen in (True, False):
             with tempfile.TemporaryDirectory() as folder:
-                sides = EnergySides(chain, autoencoder, Path(folder), frozen=frozen, bf16=args.bf16)
+                plain = "fp32" if args.plain else None
+                sides = EnergySides(
+                    chain, autoencoder, Path(folder), frozen=frozen, bf16=args.bf16, naive_precision=plain
+                )
                 name = kind if frozen else f"{kind}, all gradients"
                 naive = sides.naive_side(encoding=False)
-                yield Match(name, naive, sides.our_side, sides.agree, target=TARGETS[kind])
+                yield Match(name, naive, sides.our_side, sides.agree, 2 * chain.batch, TARGETS[kind])
                 if kind == "alae" and frozen:
                     yield _rate(chain, sides)
                 if frozen and not args.no_encoding:
                     naive = sides.naive_side(encoding=True)
-                    yield Match(
-                        f"{kind}, encoding", naive, sides.our_side, lambda: "as above", target=ENCODED.get(kind)
-                    )
+                    name, target = f"{kind}, encoding", ENCODED.get(kind)
+                    yield Match(name, naive, sides.our_side, lambda: "as above", 2 * chain.batch, target)
 
 
 def _setting(kind: str, args: argparse.Namespace) -> tuple:

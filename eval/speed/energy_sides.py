@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from letit_dist.autoencoders.base import Autoencoder
-from letit_dist.config import IntervalsConfig, TrainingConfig
 from letit_dist.data.latents import LatentSet, LatentWriter
 from letit_dist.energy.langevin import LangevinConfig
 from letit_dist.energy.models import EnergyConfig, build_energy
@@ -20,9 +18,10 @@ from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.base import OptimizerConfig
 from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe
 from letit_dist.training.feeds import LatentFeed
-from letit_dist.training.setup import create_accelerator, seed_weights
-from letit_dist.training.trainer import Trainer
+from letit_dist.training.setup import seed_weights
+from speed.agreement import apart, full_precision, listed, require_agreement
 from speed.naive_energy import NaiveEnergy
+from speed.trainers import idle_trainer, learning_side, ready
 
 RATE, BETAS, EPS, HALF_LIFE = 1e-3, (0.5, 0.999), 1e-8, 22_170.0
 TOLERANCE = 1e-5
@@ -45,10 +44,19 @@ class EnergySides:
     """
 
     def __init__(
-        self, chain: Chain, autoencoder: Autoencoder, folder: Path, *, frozen: bool, bf16: bool = False, seed: int = 0
+        self,
+        chain: Chain,
+        autoencoder: Autoencoder,
+        folder: Path,
+        *,
+        frozen: bool,
+        bf16: bool = False,
+        naive_precision: str | None = None,
+        seed: int = 0,
     ):
-        """`folder` takes the encoded domains and the trainer's run; `frozen` as in `NaiveEnergy`."""
-        self.chain, self.autoencoder, self.bf16 = chain, autoencoder.eval().requires_grad_(False), bf16
+        """`folder` takes the encoded domains and the trainer's run; `frozen` as in `NaiveEnergy`; with
+        `naive_precision` the naive side has its own."""
+        self.chain, self.autoencoder = chain, autoencoder.eval().requires_grad_(False)
         seed_weights(seed)
         energy = build_energy(chain.energy, autoencoder.latent_shape)
         recipe = LatentEnergyRecipe(
@@ -63,21 +71,7 @@ class EnergySides:
             seed=seed,
             precision="bf16" if bf16 else "fp32",
         )
-        self.trainer = Trainer(
-            create_accelerator(several_phases=False),
-            recipe,
-            feed=None,  # iterations are taken here, one by one
-            run=folder / "run",
-            training=TrainingConfig(
-                images=1,
-                batch=chain.batch,
-                precision="bf16" if bf16 else "fp32",
-                ema_half_life=HALF_LIFE,
-                ema_warmup=0.0,
-                seed=seed,
-            ),
-            intervals=IntervalsConfig(report=1, samples=1, checkpoint=1),
-        )
+        self.trainer = idle_trainer(recipe, folder / "run", batch=chain.batch, ema_half_life=HALF_LIFE, ema_warmup=0.0)
         self.recipe = recipe
         self.device = self.trainer.accelerator.device
         # Only now are the weights on their device.
@@ -91,7 +85,7 @@ class EnergySides:
             decay=0.5 ** (chain.batch / HALF_LIFE),
             frozen=frozen,
         )
-        self.naive.bf16 = bf16
+        self.naive.precision = naive_precision or recipe.precision
         side = autoencoder.config.resolution
         shape = (2, chain.batch, 3, side, side)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -140,30 +134,13 @@ class EnergySides:
     def our_side(self) -> Side:
         """What `Trainer.train` does between two batches of stored latents, dealing them out included."""
         batches = self._batches()
-
-        def run() -> None:
-            self._iterate(batches)
-
-        return Side(run, self._held, lambda: self.trainer.base_optimizer.zero_grad(set_to_none=True))
+        return learning_side(self.trainer, lambda: self._iterate(batches))
 
     def _batches(self) -> Iterator:
         return self.feed.batches(self.trainer.images_seen, self.chain.batch, 0, 1)
 
     def _iterate(self, batches: Iterator) -> None:
-        trainer = self.trainer
-        batch = next(batches).to(trainer.accelerator.device, trainer.dtype, trainer.memory_format)
-        for phase in self.recipe.phases:
-            trainer.step(phase, batch)
-        trainer.means.add(self.recipe.after_batch(batch))
-        trainer.images_seen += batch.size
-        trainer.average.update(self.recipe, batch.size, trainer.images_seen)
-
-    def _held(self) -> Iterator[Tensor]:
-        yield from self.recipe.state_dict().values()
-        yield from self.autoencoder.state_dict().values()
-        yield from self.trainer.average.module.state_dict().values()
-        for slots in self.trainer.base_optimizer.state.values():
-            yield from (value for value in slots.values() if isinstance(value, Tensor))
+        self.trainer.learn(ready(self.trainer, next(batches)))
 
     # ---------------------------------------------------------------- agreement
 
@@ -174,11 +151,11 @@ class EnergySides:
         step is the gradient's sign, so that weights are compared where their gradient is more than rounding: a
         thousandth of the largest of its tensor, and a millionth of the largest of all.
         """
-        with self._full_precision():
+        with full_precision(self.recipe, self.naive):
             loss, ended = self.naive.iteration(*self.latents)
             self.trainer.means.clear()
             start = self.recipe.transport(self.latents[0], next(self._batches()))
-            worst = {"chains": _apart(start.latents, ended)}
+            worst = {"chains": apart(start.latents, ended)}
             self._iterate(self._batches())
             scale = self.trainer.means.means()
             energies = max(abs(scale["energy_target"]), abs(scale["energy_translated"]))
@@ -195,32 +172,8 @@ class EnergySides:
                 ("weights", self.naive.weights[name], ours),
                 ("averages", self.naive.averages[name], averages[name]),
             ):
-                worst[kind] = max(worst[kind], _apart(other[clear], plain[clear], plain))
-        for kind, found in worst.items():
-            if not found <= TOLERANCE:
-                raise UserError(f"the two sides disagree: {kind} by {found:.2g}, allowed are {TOLERANCE:g}")
+                worst[kind] = max(worst[kind], apart(other[clear], plain[clear], plain))
+        require_agreement(worst, TOLERANCE)
         if compared < 0.5 * total:
             raise UserError(f"only {compared} of {total} weights have a gradient that is more than rounding")
-        return ", ".join(f"{kind} {found:.0e}" for kind, found in worst.items())
-
-    @contextlib.contextmanager
-    def _full_precision(self) -> Iterator[None]:
-        """No autocast, nor the shortened products that a GPU takes by default."""
-        products = (torch.backends.cuda.matmul, torch.backends.cudnn)
-        before = [(flags, flags.allow_tf32) for flags in products]
-        precision, self.recipe.precision, self.naive.bf16 = self.recipe.precision, "fp32", False
-        try:
-            for flags in products:
-                flags.allow_tf32 = False
-            yield
-        finally:
-            for flags, value in before:
-                flags.allow_tf32 = value
-            self.recipe.precision, self.naive.bf16 = precision, self.bf16
-
-
-@torch.no_grad()
-def _apart(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
-    if not found.numel():
-        return 0.0
-    return float((found - expected).abs().max() / (expected if scale is None else scale).abs().max())
+        return listed(worst)

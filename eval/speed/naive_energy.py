@@ -38,13 +38,13 @@ class NaiveEnergy:
         self.weights = {n: p.detach().clone(**plain).requires_grad_() for n, p in energy.named_parameters()}
         self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=rate, betas=betas, eps=eps, foreach=False)
-        self.bf16 = False
+        self.precision = "fp32"
 
     # ---------------------------------------------------------------- energies
 
     def __call__(self, latents: Tensor) -> Tensor:
         """(B, *L) to (B,)"""
-        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             return self._mlp(latents) if self.config.kind == "mlp" else self._convolutional(latents)
 
     def _mlp(self, latents: Tensor) -> Tensor:

@@ -24,20 +24,32 @@ class NaiveVQVAE2:
         self.weights = {n: p.detach().clone(**plain).requires_grad_() for n, p in network.named_parameters()}
         self.books = {name: buffer.clone() for name, buffer in network.named_buffers()}
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=rate, eps=eps, foreach=False)
-        self.bf16 = False
+        self.precision = "fp32"
 
     def loss(self, images: Tensor) -> Tensor:
         """Of (B, 3, H, W); moves the codebooks."""
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            bottom = self._encode("bottom_encoder", images)
-            top = self._convolve("top_projection", self._encode("top_encoder", bottom))
-            top, commitment_top = self._quantise("top", top)
-            context = self._decode("top_decoder", top)
-            bottom = self._convolve("bottom_projection", torch.cat([context, bottom], 1))
-            bottom, commitment_bottom = self._quantise("bottom", bottom)
-            latents = torch.cat([self._upsample("top_upsample", top), bottom], 1)
-            found = self._decode("decoder", latents)
-            return F.mse_loss(found.to(images.dtype), images) + COMMITMENT * (commitment_top + commitment_bottom)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            latents, commitment = self._latents(images, moving=True)
+            return F.mse_loss(self.decode(latents).to(images.dtype), images) + COMMITMENT * commitment
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to latents (B, 2 * code_dim, H/4, W/4)."""
+        return self._latents(images, moving=False)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 2 * code_dim, H/4, W/4) to images (B, 3, H, W)."""
+        return self._decode("decoder", latents)
+
+    def _latents(self, images: Tensor, *, moving: bool) -> tuple[Tensor, Tensor]:
+        """Latents and the sum of both commitments; codebooks follow if they are `moving`."""
+        bottom = self._encode("bottom_encoder", images)
+        top = self._convolve("top_projection", self._encode("top_encoder", bottom))
+        top, commitment_top = self._quantise("top", top, moving)
+        context = self._decode("top_decoder", top)
+        bottom = self._convolve("bottom_projection", torch.cat([context, bottom], 1))
+        bottom, commitment_bottom = self._quantise("bottom", bottom, moving)
+        latents = torch.cat([self._upsample("top_upsample", top), bottom], 1)
+        return latents, commitment_top + commitment_bottom
 
     def _convolve(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = self.weights[f"{name}.weight"]
@@ -66,7 +78,7 @@ class NaiveVQVAE2:
         x = self._upsample(f"{name}.ups.0", x)
         return self._upsample(f"{name}.ups.1", F.relu(x)) if name == "decoder" else x
 
-    def _quantise(self, level: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantise(self, level: str, x: Tensor, moving: bool) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             embed, size, average = (
                 self.books[f"{level}_quantizer.{name}"] for name in ("embed", "cluster_size", "embed_avg")
@@ -75,8 +87,10 @@ class NaiveVQVAE2:
             rows = x.reshape(-1, x.shape[-1])
             distances = rows.pow(2).sum(1, keepdim=True) - 2 * rows @ embed.t() + embed.pow(2).sum(1)
             nearest = distances.min(1)[1]
-            chosen = F.one_hot(nearest, len(embed)).to(rows.dtype)
             quantised = F.embedding(nearest.view(x.shape[:-1]), embed)
+            if not moving:
+                return quantised.permute(0, 3, 1, 2), rows.new_zeros(())
+            chosen = F.one_hot(nearest, len(embed)).to(rows.dtype)
             with torch.no_grad():
                 decay = self.config.decay
                 size.mul_(decay).add_(chosen.sum(0), alpha=1 - decay)

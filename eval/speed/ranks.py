@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def matches(args: argparse.Namespace) -> Iterator:
     """One process and several, in turns."""
     at_least_one(args, "images")
-    without_effect(args, "bf16", "compile", "threads")
+    without_effect(args, "bf16", "compile", "plain", "flops", "threads")
     import statistics
 
     from letit_dist.evaluation.benchmark import Fact

@@ -19,7 +19,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def matches(args: argparse.Namespace) -> Iterator:
     """A checkpoint and a resume of each configuration."""
     at_least_one(args, "batch")
-    without_effect(args, "bf16", "compile")
+    without_effect(args, "bf16", "compile", "plain", "flops")
     from letit_dist.config import PretrainConfig, load_config
     from letit_dist.evaluation.benchmark import Fact
     from speed.save_cost import save_cost

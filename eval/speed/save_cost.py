@@ -16,8 +16,9 @@ from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.config import PretrainConfig
 from letit_dist.recipes.base import Batch
 from letit_dist.registry import RECIPES
-from letit_dist.training.setup import create_accelerator, seed_weights
+from letit_dist.training.setup import seed_weights
 from letit_dist.training.trainer import Trainer
+from speed.trainers import idle_trainer, ready
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ def save_cost(config: PretrainConfig, run: Path, *, count: int, repeats: int) ->
         recipe = RECIPES.get(config.recipe.kind)(
             config.recipe, build_autoencoder(config.autoencoder), seed=training.seed, precision=training.precision
         )
-        accelerator = create_accelerator(several_phases=len(recipe.phases) > 1)
-        made = Trainer(accelerator, recipe, None, run=run, training=training, intervals=config.intervals)
+        made = idle_trainer(recipe, run, **dict(training))
         made.images_seen, made.level = levels[-1].start, len(levels) - 1
         return made
 
@@ -58,9 +58,8 @@ def save_cost(config: PretrainConfig, run: Path, *, count: int, repeats: int) ->
     images = torch.rand(count, 3, side, side) * 2 - 1
     steps, held, behind, resumed = [], [], [], []
     for _ in range(repeats + 1):
-        batch = Batch({"images": images}, torch.arange(count), made.images_seen, count)
-        batch = batch.to(made.accelerator.device, made.dtype, made.memory_format)
-        steps.append(_seconds(lambda batch=batch: _step(made, batch)))
+        batch = ready(made, Batch({"images": images}, torch.arange(count), made.images_seen, count))
+        steps.append(_seconds(lambda batch=batch: made.learn(batch)))
         held.append(_seconds(lambda: made.save(background=True)))
         behind.append(_seconds(made.store.wait))
     newest = max(made.store.folder.glob("images-*"))
@@ -71,15 +70,6 @@ def save_cost(config: PretrainConfig, run: Path, *, count: int, repeats: int) ->
     # The first step starts everything.
     image, stop, writing = (statistics.median(values[1:]) for values in (steps, held, behind))
     return SaveCost(image / count, stop, writing, statistics.median(resumed), size)
-
-
-def _step(trainer: Trainer, batch: Batch) -> None:
-    for phase in trainer.recipe.phases:
-        trainer.step(phase, batch)
-    trainer.means.add(trainer.recipe.after_batch(batch))
-    trainer.images_seen += batch.size
-    if trainer.average:
-        trainer.average.update(trainer.recipe, batch.size, trainer.images_seen)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -27,6 +27,7 @@ def matches(args: argparse.Namespace) -> Iterator:
     from letit_dist.autoencoders.vqvae2 import VQVAE2Config
     from letit_dist.config import parse_config
     from letit_dist.evaluation.benchmark import Match
+    from speed.agreement import listed
     from speed.vqvae2_sides import Vqvae2Sides
 
     sizes = {"channels": args.channels, "residual_channels": max(1, args.channels // 4)}
@@ -38,8 +39,10 @@ def matches(args: argparse.Namespace) -> Iterator:
             loss = Vqvae2Sides(config, batch=args.batch, run=run).compare(weights=False)["loss"]
             gc.collect()
             precision = "bf16" if args.bf16 else "fp32"
-            sides = Vqvae2Sides(config, batch=args.batch, run=run, precision=precision, compiler=args.compile)
-            agree = ", ".join(f"{kind} {found:.0e}" for kind, found in exact.items())
-            agree = f"float64: {agree}; float32: loss {loss:.0e}"
+            naive = "fp32" if args.plain else None
+            sides = Vqvae2Sides(
+                config, batch=args.batch, run=run, precision=precision, compiler=args.compile, naive_precision=naive
+            )
+            agree = f"float64: {listed(exact)}; float32: loss {loss:.0e}"
             name = f"{config.resolution} pixels"
-            yield Match(name, sides.naive_side, sides.our_side, lambda agree=agree: agree, target=1.5)
+            yield Match(name, sides.naive_side, sides.our_side, lambda agree=agree: agree, args.batch, 1.5)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
-from letit_dist.config import IntervalsConfig, TrainingConfig
-from letit_dist.errors import UserError
 from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.recipes.vqvae2 import VQVAE2Recipe, VQVAE2RecipeConfig
-from letit_dist.training.setup import create_accelerator, seed_weights
-from letit_dist.training.trainer import Trainer
+from letit_dist.training.setup import seed_weights
+from speed.agreement import apart, full_precision, require_agreement
 from speed.naive_vqvae2 import LEVELS, NaiveVQVAE2
+from speed.trainers import idle_trainer, learning_side, ready
 
 RATE = 3e-4
 
@@ -32,31 +29,26 @@ class Vqvae2Sides:
         run: Path,
         precision: str = "fp32",
         compiler: str | None = None,
+        naive_precision: str | None = None,
         seed: int = 0,
     ):
-        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides."""
+        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides. With
+        `naive_precision` the naive side has its own, and no compiler."""
         seed_weights(seed)
         network = VQVAE2(config)
         optimizer = OptimizerConfig(learning_rate=RATE)
         self.recipe = VQVAE2Recipe(VQVAE2RecipeConfig(optimizer=optimizer), network, seed=seed, precision=precision)
-        self.trainer = Trainer(
-            create_accelerator(several_phases=False),
-            self.recipe,
-            feed=None,  # iterations are taken here, one by one
-            run=run,
-            training=TrainingConfig(images=1, batch=batch, precision=precision, seed=seed),
-            intervals=IntervalsConfig(report=1, samples=1, checkpoint=1),
-        )
+        self.trainer = idle_trainer(self.recipe, run, batch=batch)
         # Only now are the weights on their device and in their precision.
         self.naive = NaiveVQVAE2(network, rate=RATE)
-        self.naive.bf16 = precision == "bf16"
+        self.naive.precision = naive_precision or precision
         device, dtype = self.trainer.accelerator.device, self.trainer.dtype
         images = torch.rand(batch, 3, config.resolution, config.resolution) * 2 - 1
         self.images = images.to(device, dtype)
-        batch = Batch({"images": self.images}, torch.arange(batch), 0, batch)
-        self.batch = batch.to(device, dtype, self.trainer.memory_format)
+        self.batch = ready(self.trainer, Batch({"images": self.images}, torch.arange(batch), 0, batch))
         if compiler:
             network.forward_training = torch.compile(network.forward_training, backend=compiler)
+        if compiler and naive_precision is None:
             self.naive.loss = torch.compile(self.naive.loss, backend=compiler)
 
     @property
@@ -67,18 +59,7 @@ class Vqvae2Sides:
     @property
     def our_side(self) -> Side:
         """What `Trainer.train` does with a batch."""
-        return Side(self._iterate, self._held, lambda: self.trainer.base_optimizer.zero_grad(set_to_none=True))
-
-    def _iterate(self) -> None:
-        trainer = self.trainer
-        for phase in self.recipe.phases:
-            trainer.step(phase, self.batch)
-        trainer.means.add(self.recipe.after_batch(self.batch))
-
-    def _held(self) -> Iterator[Tensor]:
-        yield from self.recipe.state_dict().values()
-        for slots in self.trainer.base_optimizer.state.values():
-            yield from (value for value in slots.values() if isinstance(value, Tensor))
+        return learning_side(self.trainer, lambda: self.trainer.learn(self.batch))
 
     def compare(self, tolerance: float = 1e-5, *, weights: bool = True) -> dict[str, float]:
         """The largest relative differences after one iteration of both; UserError beyond the tolerance.
@@ -86,23 +67,17 @@ class Vqvae2Sides:
         With `weights` also of those and of the codebooks: only float64 tells which of two codes as good as equally
         near is nearer, and the sign of a small gradient, which is all that Adam's first step takes from it.
         """
-        loss = self.naive.iteration(self.images)
-        self.trainer.means.clear()
-        self._iterate()
+        with full_precision(self.recipe, self.naive):
+            loss = self.naive.iteration(self.images)
+            self.trainer.means.clear()
+            self.trainer.learn(self.batch)
         found = {"loss": abs(self.trainer.means.means()["loss"] - loss) / loss}
         if weights:
             parameters = dict(self.recipe.autoencoder.named_parameters())
             buffers = dict(self.recipe.autoencoder.named_buffers())
-            found["weights"] = max(_apart(parameters[name], plain) for name, plain in self.naive.weights.items())
+            found["weights"] = max(apart(parameters[name], plain) for name, plain in self.naive.weights.items())
             # Not the codes: those that the first batch leaves out are thrown so far away that they hide the others.
             names = [f"{level}_quantizer.{name}" for level in LEVELS for name in ("embed_avg", "cluster_size")]
-            found["codebooks"] = max(_apart(buffers[name], self.naive.books[name]) for name in names)
-        for kind, difference in found.items():
-            if not difference <= tolerance:
-                raise UserError(f"the two sides disagree: {kind} by {difference:.2g}, allowed are {tolerance:g}")
+            found["codebooks"] = max(apart(buffers[name], self.naive.books[name]) for name in names)
+        require_agreement(found, tolerance)
         return found
-
-
-@torch.no_grad()
-def _apart(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -12,6 +14,25 @@ from letit_dist.data.index import INDEX_NAME
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage, decode, resize_crop
 from letit_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The same items in the same order; a thread makes up to `count` of them beforehand.
+
+    Whatever making one raises comes where the item would have come.
+    """
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        waiting = deque(thread.submit(next, items, end) for _ in range(count))
+        try:
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, items, end))
+                yield item
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class Images:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from letit_dist.errors import UserError
 from letit_dist.evaluation.tables import markdown
@@ -59,6 +60,8 @@ class Result:
     agreement: str
     images: int | None = None
     target: float | None = None
+    operations: int | None = None  # of a run of ours, in floating point
+    peak: float | None = None  # operations a second that this device can do
 
     @property
     def ratios(self) -> list[float]:
@@ -82,11 +85,23 @@ class Result:
             "case": self.name,
             **speeds,
             "naive / ours": f"{middle:.2f} ({low:.2f} to {high:.2f})",
-            **({"target": self.target and f"at least {self.target:g}"} if self.images or self.target else {}),
+            **({"target": self.target and f"at least {self.target:g}"} if self.target else {}),
             "pairs": len(self.seconds),
             "naive, MiB": self.memory and f"{self.memory[0] / 2**20:.1f}",
             "ours, MiB": self.memory and f"{self.memory[1] / 2**20:.1f}",
+            **self._utilisation(),
             "agreement": self.agreement,
+        }
+
+    def _utilisation(self) -> dict[str, str]:
+        if self.operations is None:
+            return {}
+        rate = self.operations / statistics.median(ours for _, ours in self.seconds)
+        each = f"GFLOP an {'image' if self.images else 'iteration'}"
+        return {
+            each: f"{self.operations / (self.images or 1) / 1e9:.3g}",
+            "ours, GFLOP/s": f"{rate / 1e9:.3g}",
+            "of the peak": f"{rate / self.peak:.1%}" if self.peak else None,
         }
 
 
@@ -183,10 +198,35 @@ def _report_peak(side: Side, send: Connection) -> None:
     send.send(None if peak is None else max(0, peak - before))
 
 
+# Dense bfloat16 products, operations a second, by what the device's name holds (NVIDIA's data sheets, SXM modules).
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def peak_rate(device: torch.device | str) -> float | None:
+    """What the device can do in bfloat16; None where that is not known."""
+    if torch.device(device).type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAKS.items() if part in name), None)
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Multiplications and additions of the convolutions and matrix products of a run, as torch counts them."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
 def measure(
-    match: Match, *, device: torch.device | str, repeats: int, warmup: int = 1, with_memory: bool = True
+    match: Match,
+    *,
+    device: torch.device | str,
+    repeats: int,
+    warmup: int = 1,
+    with_memory: bool = True,
+    with_operations: bool = False,
 ) -> Result:
-    """Check that both sides agree, then time them in turns, then take their memory."""
+    """Check that both sides agree, then time them in turns, then take their memory and count operations."""
     agreement = match.agree()
     pairs = interleave(
         match.naive.run, match.ours.run, repeats=repeats, warmup=warmup, seconds=match.seconds or clock(device)
@@ -195,7 +235,8 @@ def measure(
     taken = match.memory or memory
     naive, ours = (taken(match.naive, device), taken(match.ours, device)) if with_memory else (None, None)
     known = None if naive is None or ours is None else (naive, ours)
-    return Result(match.name, pairs, known, agreement, match.images, match.target)
+    counted = operations(match.ours.run) if with_operations else None
+    return Result(match.name, pairs, known, agreement, match.images, match.target, counted, peak_rate(device))
 
 
 # ---------------------------------------------------------------- the report
@@ -220,15 +261,14 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-_LEGEND = """\
-Seconds are medians. naive / ours: median of the ratios of each pair (quartiles); above 1, ours is faster. MiB: all
-tensors that live at once at the peak, weights and optimiser state included; on a CPU without the workspaces that
-operations borrow. Agreement: the largest differences, found before anything was timed.
+LEGEND = """\
+Seconds, or images a second, are medians. naive / ours: median of the ratios of each pair (quartiles); above 1, ours is
+faster. MiB: all tensors that live at once at the peak, weights and optimiser state included; on a CPU without the
+workspaces that operations borrow. Agreement: the largest differences, found before anything was timed.
 """
-_IMAGES_LEGEND = """\
-Images a second of one core are medians; the seconds are those in which it works for this process. naive / ours: median
-of the ratios of each pair (quartiles); above 1, ours is faster. MiB: by how much a run makes its process grow.
-Agreement: found before anything was timed.
+_OPERATIONS = """\
+GFLOP: multiplications and additions of the convolutions and matrix products of ours (torch.utils.flop_counter). Of the
+peak: model FLOP utilisation, the share of what the device does in dense bfloat16 products by its data sheet.
 """
 
 
@@ -261,6 +301,7 @@ class Report:
     facts: Sequence[Fact] = ()
     settings: dict[str, object] = field(default_factory=dict)
     day: date = field(default_factory=date.today)
+    legend: str = LEGEND
 
     def table(self) -> str:
         """The results as a Markdown table."""
@@ -277,7 +318,7 @@ class Report:
         }
         lines = [f"# {self.title}", "", "```", self.command, "```", ""]
         lines += [f"- {name}: {_shown(value)}" for name, value in facts.items()]
-        legend = _LEGEND if all(result.images is None for result in self.results) else _IMAGES_LEGEND
+        legend = self.legend + (_OPERATIONS if any(result.operations for result in self.results) else "")
         found = [*(f"- {fact}" for fact in self.facts), ""] if self.facts else []
         table = [self.table(), ""] if self.results else []
         return "\n".join([*lines, "", *table, *found, *([legend] if table else [])])

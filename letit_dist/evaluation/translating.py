@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from letit_dist.data.inputs import Images
+from letit_dist.data.inputs import Images, ahead
 from letit_dist.data.progress import Progress
 from letit_dist.data.transforms import picture_pixels, resize_crop, to_images, to_pixels
 from letit_dist.energy.classifier import LatentClassifier
@@ -22,6 +25,7 @@ from letit_dist.memory import MemoryPlan, plan_memory
 from letit_dist.pictures import grid, save_animation, save_picture, strip, to_picture, visible_size
 
 _SHEET_COLUMNS = 8
+_WRITERS = 4  # threads, at most: a picture of 1024 pixels takes a core longer than a GPU needs to make one
 
 
 class ChainSettings(TypedDict):
@@ -116,6 +120,7 @@ def plan_translation(translator: Translator, count: int, options: TranslateOptio
     drawn = 3 * visible_size(side) ** 2
     frames = whole + (fraction > 0) + 1 if options.path else 0
     waiting = _SHEET_COLUMNS - 1 if options.sheet else 0
+    sheet = 3 * waiting * 3 * side**2 + (3 * _SHEET_COLUMNS * drawn if options.sheet else 0)
     return plan_memory(
         lambda images: _translate(translator, grey.repeat(images, 1, 1, 1), range(images), brief),
         modules=(translator.autoencoder, translator.energy),
@@ -123,8 +128,9 @@ def plan_translation(translator: Translator, count: int, options: TranslateOptio
         budget=budget,
         precision=translator.precision,
         device=translator.device,
-        kept=3 * side**2 * (frames + 3 * options.sheet),
-        beside=max(frames * drawn, 3 * waiting * 3 * side**2 + (3 * _SHEET_COLUMNS * drawn if options.sheet else 0)),
+        # One chunk is read, one is worked on, and the one before is made into pictures, all at the same time.
+        kept=3 * side**2 * (3 + 2 * frames + 4 * options.sheet),
+        beside=frames * drawn + sheet,
     )
 
 
@@ -134,8 +140,9 @@ def translate_all(
     """Translate every image into `out`, chunk by chunk; yields lines that say what was written.
 
     Within `budget` bytes, if given, chunks are as small as `plan_translation` says, and the plan is the first line.
-    Noise, of the chain or of the decoder, belongs to the image's place among the readable ones, so a chunk size
-    changes nothing beyond rounding.
+    The next chunk is read and the one before is written while one is worked on, and no more than that: memory does
+    not grow with the number of images. Noise, of the chain or of the decoder, belongs to the image's place among the
+    readable ones, so a chunk size changes nothing beyond rounding.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, expected a folder")
@@ -144,16 +151,16 @@ def translate_all(
         planned = plan_translation(translator, len(images), options, budget)
         chunk = planned.images
         yield str(planned)
-    source = iter(images)
+    source = ahead(iter(images), chunk)
     done = 0
     sheets: list[Path] = []
     steps: list[int] = []
     waiting: dict[str, list[Tensor]] = {"source": [], "reconstruction": [], "translation": []}
-    with Progress("translating", len(images)) as progress:
+    with _Writers(_writers(options)) as writers, Progress("translating", len(images)) as progress:
         while batch := list(islice(source, chunk)):
             names, pixels = [name for name, _ in batch], torch.stack([p for _, p in batch])
             result = _translate(translator, pixels, range(done, done + len(batch)), options)
-            _write(names, result, out, options.format)
+            writers.write(partial(_write, name, result, row, out, options.format) for row, name in enumerate(names))
             steps += result.steps
             if result.reconstructions is not None:
                 waiting["source"] += pixels
@@ -188,11 +195,45 @@ def _sheet(waiting: dict[str, list[Tensor]], out: Path, number: int) -> Path:
     return path
 
 
-def _write(names: list[str], result: _Chunk, out: Path, format: str) -> None:
+def _write(name: str, result: _Chunk, row: int, out: Path, format: str) -> None:
+    """All files of one image."""
     quality = {"quality": 95, "subsampling": 0} if format == "jpg" else {}
-    for i, name in enumerate(names):
-        save_picture(to_picture(result.images[i]), out / f"{name}.{format}", **quality)
-        if result.frames:
-            frames = [frame[i] for frame in result.frames]
-            save_picture(strip(frames), out / "paths" / f"{name}.png")
-            save_animation(frames, out / "paths" / f"{name}.gif")
+    save_picture(to_picture(result.images[row]), out / f"{name}.{format}", **quality)
+    if result.frames:
+        frames = [frame[row] for frame in result.frames]
+        save_picture(strip(frames), out / "paths" / f"{name}.png")
+        save_animation(frames, out / "paths" / f"{name}.gif")
+
+
+def _writers(options: TranslateOptions) -> int:
+    # Of a path every frame is drawn before it is written: one at a time.
+    return 1 if options.path else min(_WRITERS, os.cpu_count() or 1)
+
+
+class _Writers:
+    """Threads that write one chunk while the next one is worked on. What writing raises comes with the next chunk, or
+    at the end."""
+
+    def __init__(self, threads: int):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="write")
+        self._waiting: list[Future] = []
+
+    def write(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """Begin with a chunk, when the one before is written."""
+        self._finish()
+        self._waiting = [self._pool.submit(job) for job in jobs]
+
+    def _finish(self) -> None:
+        for future in self._waiting:
+            future.result()
+        self._waiting = []
+
+    def __enter__(self) -> _Writers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._pool.shutdown(cancel_futures=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,16 @@ from letit_dist.data.transforms import UnreadableImage, to_images
 from letit_dist.errors import UserError
 from letit_dist.memory import GIB
 from letit_dist.recipes.base import Batch
+
+
+class Feed(Protocol):
+    """Where batches come from."""
+
+    def batches(self, images_seen: int, batch: int, rank: int, ranks: int, resolution: int | None) -> Iterator[Batch]:
+        """This rank's share of every global batch from `images_seen` on, without end; images at `resolution`."""
+
+    def preview(self, count: int) -> Batch:
+        """The same few samples on every call, for pictures."""
 
 
 def _spread(count: int, total: int) -> list[int]:

@@ -6,10 +6,10 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from letit_dist.recipes.base import Batch, Phase, Recipe
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
 from letit_dist.training.ends import StopSignals, why_it_ended
+from letit_dist.training.feeds import Feed
 from letit_dist.training.metrics import Means, StatsFile
 from letit_dist.training.optim import activate, build_optimizer, require_gradients
 from letit_dist.training.plan import BatchPlan, plan_batches
@@ -42,16 +43,6 @@ from letit_dist.training.sharded import TrainingState
 STOPPED = 75
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-
-
-class Feed(Protocol):
-    """Where batches come from."""
-
-    def batches(self, images_seen: int, batch: int, rank: int, ranks: int, resolution: int | None) -> Iterator[Batch]:
-        """This rank's share of every global batch from `images_seen` on, without end; images at `resolution`."""
-
-    def preview(self, count: int) -> Batch:
-        """The same few samples on every call, for pictures."""
 
 
 class Trainer:
@@ -154,17 +145,8 @@ class Trainer:
                 if batches is None or level != self.level:
                     batches = self._enter(level)
                 batch = next(batches).to(self.accelerator.device, self.dtype, self.memory_format)
-                number = self.images_seen // batch.global_batch
-                self._batch_start = self.images_seen
-                for phase in self.recipe.phases:
-                    if number % phase.every == 0:
-                        self.step(phase, batch)
-                self._doing = "between two batches"
-                self.means.add(self.recipe.after_batch(batch))
-                before, self.images_seen = self.images_seen, self.images_seen + batch.global_batch
-                if self.average:
-                    with self.state.whole():
-                        self.average.update(self.recipe, batch.global_batch, self.images_seen)
+                before = self.images_seen
+                self.learn(batch)
                 stop = self._agree(batch)
                 bar.update(self.images_seen - before)
 
@@ -180,6 +162,22 @@ class Trainer:
                     self.say(f"stopped at {self.images_seen} of {total} images; the same command continues")
                     return STOPPED
         return 0
+
+    def learn(self, batch: Batch, watch: Callable[[str], object] | None = None) -> None:
+        """Every phase whose turn it is, the average, `images_seen`; `watch` hears the name of each phase after it."""
+        self._batch_start = self.images_seen
+        number = self.images_seen // batch.global_batch
+        for phase in self.recipe.phases:
+            if number % phase.every == 0:
+                self.step(phase, batch)
+                if watch is not None:
+                    watch(phase.name)
+        self._doing = "between two batches"
+        self.means.add(self.recipe.after_batch(batch))
+        self.images_seen += batch.global_batch
+        if self.average:
+            with self.state.whole():
+                self.average.update(self.recipe, batch.global_batch, self.images_seen)
 
     def step(self, phase: Phase, batch: Batch) -> None:
         """All microbatches of one phase, then one optimiser step over the phase's networks."""
