@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,14 +32,20 @@ def listed(found: dict[str, float]) -> str:
     return ", ".join(f"{kind} {difference:.0e}" for kind, difference in found.items())
 
 
+def compile_methods(model: object, *names: str, backend: str) -> None:
+    """By torch.compile, in place."""
+    for name in names:
+        setattr(model, name, torch.compile(getattr(model, name), backend=backend))
+
+
 class HasPrecision(Protocol):
-    precision: str
+    precision: Any  # a word, of few or of many
 
 
 @contextlib.contextmanager
 def full_precision(*models: HasPrecision) -> Iterator[None]:
     """No autocast in any of the models, nor the shortened products that a GPU takes by default."""
-    products = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    products: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     shortened = [flags.allow_tf32 for flags in products]
     precisions = [model.precision for model in models]
     try:

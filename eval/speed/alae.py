@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from speed.arguments import WIDTHS, at_least_one
+from speed.arguments import WIDTHS, Rows, at_least_one
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=4, metavar="N", help="images an iteration (default: 4, as published for a GPU)")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """A training iteration at each resolution; a smaller one has the layers that the network for 256 has there."""
     from letit_dist.autoencoders.alae import ALAEConfig
     from letit_dist.config import parse_config
@@ -41,15 +40,16 @@ def matches(args: argparse.Namespace) -> Iterator:
             run = Path(folder)
             # Where LeakyReLU's kink lies within rounding of an activation, gradients jump, and with them R1: only
             # float64 can tell a wrong formula. With an eps of nothing, its place in Adam makes no difference.
-            exact = AlaeSides(config, batch=min(args.batch, 2), run=run, precision="fp64", eps=1e-30)
-            exact = exact.compare(Tolerance()).found
+            double = AlaeSides(config, batch=min(args.batch, 2), run=run, precision="fp64", eps=1e-30)
+            exact = double.compare(Tolerance()).found
+            del double
             gc.collect()
             precision, naive = "bf16" if args.bf16 else "fp32", "fp32" if args.plain else None
             sides = AlaeSides(
                 config, batch=args.batch, run=run, precision=precision, compiler=args.compile, naive_precision=naive
             )
 
-            def agree(sides=sides, exact=exact) -> str:
+            def agree(sides: AlaeSides = sides, exact: dict[str, float] = exact) -> str:
                 loose = Tolerance(loss=1e-3, gradient=float("inf"), weight=float("inf"), average=float("inf"))
                 found = sides.compare(loose).found
                 return (

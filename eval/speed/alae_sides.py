@@ -14,7 +14,7 @@ from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.training.setup import seed_weights
-from speed.agreement import full_precision
+from speed.agreement import compile_methods, full_precision
 from speed.naive_alae import PHASES, NaiveALAE
 from speed.trainers import idle_trainer, learning_side, ready
 
@@ -82,13 +82,13 @@ class AlaeSides:
         if compiler:
             self._compile(compiler, (self.recipe,) if naive_precision else (self.recipe, self.naive))
 
-    def _compile(self, backend: str, sides: tuple) -> None:
+    def _compile(self, backend: str, sides: tuple[object, ...]) -> None:
         # R1 differentiates inside the loss, which the compiler follows only when told to.
         torch._dynamo.config.trace_autograd_ops = True
         for phase, _ in PHASES:
             for side in sides:
                 name = f"{phase}_{'step' if side is self.recipe else 'loss'}"
-                setattr(side, name, torch.compile(getattr(side, name), backend=backend))
+                compile_methods(side, name, backend=backend)
 
     # ---------------------------------------------------------------- what is timed
 
@@ -142,7 +142,9 @@ class AlaeSides:
         self.trainer.learn(batch, compare_phase)
         if next(theirs, None) is not None:
             raise UserError("the two sides disagree: the naive one has more phases")
-        averages = {name: value for name, value in self.trainer.average.module.autoencoder.named_parameters()}
+        averaged = self.trainer.average and self.trainer.average.module
+        assert isinstance(averaged, ALAERecipe)
+        averages: dict[str, Tensor] = dict(averaged.autoencoder.named_parameters())
         averages["w_mean"] = self.recipe.autoencoder.w_mean
         for name, plain in {**naive.averages, "w_mean": naive.w_mean}.items():
             differences.note("average", _apart(averages[name], plain) / float(plain.abs().max()), name)
@@ -151,7 +153,7 @@ class AlaeSides:
     @torch.no_grad()
     def _compare_weight(
         self, differences: Differences, ours: Tensor, plain: Tensor, name: str, phase: str, moved: bool
-    ):
+    ) -> None:
         where = f"{name} after {phase}"
         if not moved:
             if not torch.equal(ours, plain):
@@ -159,6 +161,7 @@ class AlaeSides:
             return
         if ours.grad is None:
             raise UserError(f"the two sides disagree: only the naive one moves {where}")
+        assert plain.grad is not None
         sizes = plain.grad.abs()
         if sizes.max() > 0:
             differences.note("gradient", _apart(ours.grad, plain.grad) / float(sizes.max()), where)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from speed.arguments import at_least_one
+from speed.arguments import Rows, at_least_one
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +19,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=64, metavar="N", help="images an iteration (default: 64, as published)")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """A training iteration on images of 64 pixels."""
     at_least_one(args, "batch", "latent")
     from letit_dist.autoencoders.beta_vae import BetaVAEConfig

@@ -12,7 +12,7 @@ from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.recipes.beta_vae import BetaVAERecipe, BetaVAERecipeConfig
 from letit_dist.training.setup import seed_weights
-from speed.agreement import apart, full_precision, require_agreement
+from speed.agreement import apart, compile_methods, full_precision, require_agreement
 from speed.naive_beta_vae import NaiveBetaVAE
 from speed.trainers import idle_trainer, learning_side, ready
 
@@ -47,9 +47,9 @@ class BetaVaeSides:
         self.images = images.to(self.trainer.accelerator.device, self.trainer.dtype)
         self.batch = ready(self.trainer, Batch({"images": self.images}, torch.arange(batch), 0, batch))
         if compiler:
-            self.recipe.loss = torch.compile(self.recipe.loss, backend=compiler)
+            compile_methods(self.recipe, "loss", backend=compiler)
         if compiler and naive_precision is None:
-            self.naive.loss = torch.compile(self.naive.loss, backend=compiler)
+            compile_methods(self.naive, "loss", backend=compiler)
 
     @property
     def naive_side(self) -> Side:
@@ -73,8 +73,8 @@ class BetaVaeSides:
         sign: only in float64 is that of a small one more than rounding, so that `weights` is for float64.
         """
         shape, places = self.recipe.autoencoder.latent_shape, self.batch.positions
-        like = {"device": self.images.device, "dtype": self.images.dtype}
-        eps = rng.normal(shape, self.recipe.seed, "posterior", places, **like)
+        device, dtype = self.images.device, self.images.dtype
+        eps = rng.normal(shape, self.recipe.seed, "posterior", places, device=device, dtype=dtype)
         with full_precision(self.recipe, self.naive):
             loss = self.naive.iteration(self.images, eps)
             self.trainer.means.clear()

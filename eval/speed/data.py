@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from letit_dist.errors import UserError
-from speed.arguments import at_least_one, without_effect
+from speed.arguments import Rows, at_least_one, without_effect
 
 LEGEND = """\
 Images a second of one core are medians; the seconds are those in which it works for this process. naive / ours: median
@@ -30,7 +30,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=100_000, metavar="N", help="read for the line on memory (default: 100000)")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """Reading at both sizes, then facts."""
     at_least_one(args, "images", "batch", "entries", "samples")
     without_effect(args, "bf16", "compile", "plain", "flops")
@@ -49,6 +49,7 @@ def matches(args: argparse.Namespace) -> Iterator:
     from letit_dist.evaluation.benchmark import (
         Fact,
         Match,
+        Side,
         clock,
         core_seconds,
         interleave,
@@ -64,9 +65,8 @@ def matches(args: argparse.Namespace) -> Iterator:
         large, small = sides.side, sides.small
         usual = {side: sides.usual(side) for side in (small, large)}
 
-        def row(name, side, ours, agree, target=None):
-            counted = {"images": args.images, "memory": resident_peak, "seconds": core_seconds}
-            return Match(name, usual[side], ours, agree, target=target, **counted)
+        def row(name: str, side: int, ours: Side, agree: Callable[[], str], target: float | None = None) -> Match:
+            return Match(name, usual[side], ours, agree, args.images, target, resident_peak, core_seconds)
 
         both, only = f"{small} beside {large}", f"{small} from {large}"
         yield row(both, small, sides.ours("both", small), sides.close("both", small, 35), 20)

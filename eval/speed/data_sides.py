@@ -202,7 +202,9 @@ class PackingSides:
         for number, expected in enumerate(self.pixels_alone()):
             for extension, data in expected.items():
                 start, size = index.files(number)[extension]
-                if index.path_of(number).read_bytes()[start : start + size] != data:
+                shard = index.path_of(number)
+                assert isinstance(shard, Path)
+                if shard.read_bytes()[start : start + size] != data:
                     raise UserError(f"packing wrote other bytes: sample {number}, {extension}")
 
 
@@ -219,7 +221,8 @@ def large_index(folder: Path, entries: int) -> Path:
         places[name] = (at, size)
         at += 1024 + size
     folder.mkdir()
-    shards, samples = [], []
+    shards: list[Shard] = []
+    samples = []
     for first in range(0, entries, 3000):
         keys = range(first, min(first + 3000, entries))
         shard = Shard(f"shard-{len(shards):05d}.tar", at * len(keys), "0" * 64, len(keys))

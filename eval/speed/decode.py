@@ -7,9 +7,9 @@ both sides take the whole image here.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from functools import partial
 
-from speed.arguments import WIDTHS, at_least_one
+from speed.arguments import WIDTHS, Rows, at_least_one
 
 KINDS = ("vqvae2", "alae", "beta_vae", "taesd")
 
@@ -22,7 +22,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=4, metavar="N", help="images at once (default: 4)")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """Each autoencoder at each resolution; a beta-VAE at its own."""
     at_least_one(args, "batch")
     from letit_dist.evaluation.benchmark import Match, Side
@@ -40,4 +40,4 @@ def matches(args: argparse.Namespace) -> Iterator:
             sides.prepare("bf16" if args.bf16 else "fp32", args.compile, plain=args.plain)
             naive = Side(sides.run_naive, sides.naive.held)
             ours = Side(sides.run_ours, sides.held)
-            yield Match(f"{kind}, {resolution} pixels", naive, ours, lambda agree=agree: agree, images=args.batch)
+            yield Match(f"{kind}, {resolution} pixels", naive, ours, partial(str, agree), images=args.batch)

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from speed.arguments import WIDTHS, at_least_one, without_effect
+from speed.arguments import WIDTHS, Rows, at_least_one, without_effect
+
+if TYPE_CHECKING:
+    from letit_dist.autoencoders.base import AutoencoderConfig
+    from letit_dist.evaluation.benchmark import Fact
+    from speed.energy_sides import Chain, EnergySides
 
 KINDS = ("alae", "beta_vae", "vqvae2")
 # Without the encoding: chains bound by matrix products, by overhead, and by convolutions; and with it.
@@ -30,7 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--no-encoding", action="store_true", help="without the rows in which the naive side encodes")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """Every energy without encoding, frozen and not; then with encoding, as published."""
     at_least_one(args, "batch", "steps", "multiplier")
     without_effect(args, "compile")
@@ -60,7 +65,7 @@ def matches(args: argparse.Namespace) -> Iterator:
                     yield Match(name, naive, sides.our_side, lambda: "as above", 2 * chain.batch, target)
 
 
-def _setting(kind: str, args: argparse.Namespace) -> tuple:
+def _setting(kind: str, args: argparse.Namespace) -> tuple[AutoencoderConfig, Chain]:
     """(config of an autoencoder, chain on its latents)"""
     from letit_dist.autoencoders.alae import ALAEConfig
     from letit_dist.autoencoders.beta_vae import BetaVAEConfig
@@ -70,7 +75,7 @@ def _setting(kind: str, args: argparse.Namespace) -> tuple:
     from speed.energy_sides import Chain
 
     start, most, latent, layers = WIDTHS[args.width]
-    found = {
+    found: dict[str, tuple[type[AutoencoderConfig], dict[str, Any], Chain]] = {
         "alae": (
             ALAEConfig,
             {
@@ -95,14 +100,16 @@ def _setting(kind: str, args: argparse.Namespace) -> tuple:
     )
 
 
-def _rate(chain, sides):
+def _rate(chain: Chain, sides: EnergySides) -> Fact:
     """The share of the rate of large matrix products that an iteration of the MLP comes to."""
     import statistics
 
     import torch
 
+    from letit_dist.energy.models import MLPEnergyConfig
     from letit_dist.evaluation.benchmark import Fact, clock
 
+    assert isinstance(chain.energy, MLPEnergyConfig)
     seconds = clock(sides.device)
     large = torch.randn(1024, 1024, device=sides.device)
     rate = 2 * 1024**3 / min(seconds(lambda: large @ large) for _ in range(10))

@@ -15,7 +15,7 @@ from letit_dist.energy.langevin import LangevinConfig
 from letit_dist.energy.models import EnergyConfig, build_energy
 from letit_dist.errors import UserError
 from letit_dist.evaluation.benchmark import Side
-from letit_dist.recipes.base import OptimizerConfig
+from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe
 from letit_dist.training.feeds import LatentFeed
 from letit_dist.training.setup import seed_weights
@@ -104,7 +104,7 @@ class EnergySides:
             folder,
             kind="codes" if coded else "latents",
             autoencoder_fingerprint=model.fingerprint(),
-            codebook_size=model.config.codes if coded else None,
+            codebook_size=model.codebook_size if coded else None,
             meta={"domain": folder.name},
         )
         with writer:
@@ -136,10 +136,10 @@ class EnergySides:
         batches = self._batches()
         return learning_side(self.trainer, lambda: self._iterate(batches))
 
-    def _batches(self) -> Iterator:
+    def _batches(self) -> Iterator[Batch]:
         return self.feed.batches(self.trainer.images_seen, self.chain.batch, 0, 1)
 
-    def _iterate(self, batches: Iterator) -> None:
+    def _iterate(self, batches: Iterator[Batch]) -> None:
         self.trainer.learn(ready(self.trainer, next(batches)))
 
     # ---------------------------------------------------------------- agreement
@@ -160,9 +160,12 @@ class EnergySides:
             scale = self.trainer.means.means()
             energies = max(abs(scale["energy_target"]), abs(scale["energy_translated"]))
             worst["energies"] = abs(scale["loss"] - loss) / energies
-        gradients = {name: weight.grad.abs() for name, weight in self.naive.weights.items()}
+        weights = self.naive.weights.items()
+        gradients = {name: weight.grad.abs() for name, weight in weights if weight.grad is not None}
         largest = max(float(gradient.max()) for gradient in gradients.values())
-        averages = dict(self.trainer.average.module.energy.named_parameters())
+        averaged = self.trainer.average and self.trainer.average.module
+        assert isinstance(averaged, LatentEnergyRecipe)
+        averages = dict(averaged.energy.named_parameters())
         worst["weights"] = worst["averages"] = 0.0
         compared = total = 0
         for name, ours in self.recipe.energy.named_parameters():

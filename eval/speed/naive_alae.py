@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from letit_dist.autoencoders.alae import ALAE
+    from letit_dist.recipes.alae import Draws
 
 FUSED_FROM = 128  # pixels
 PHASES = (  # and the networks that each of them steps
@@ -33,7 +38,7 @@ class NaiveALAE:
     `Draws`, or those of `draw`.
     """
 
-    def __init__(self, network, *, rate: float, half_life: float, gamma: float = 10.0, eps: float = EPS):
+    def __init__(self, network: ALAE, *, rate: float, half_life: float, gamma: float = 10.0, eps: float = EPS):
         self.config = network.config
         self.rate, self.half_life, self.gamma, self.eps = rate, half_life, gamma, eps
         self.precision = "fp32"
@@ -94,7 +99,7 @@ class NaiveALAE:
                 x = torch.lerp(self._from_rgb(F.avg_pool2d(images, 2), level - 1), x, blend)
         return w
 
-    def generate(self, styles: Tensor, noise: list[Tensor], level: int, blend: float = 1.0) -> Tensor:
+    def generate(self, styles: Tensor, noise: Sequence[Tensor], level: int, blend: float = 1.0) -> Tensor:
         """G: styles (B, 2 * (level + 1), latent_dim) to images (B, 3, 4 * 2^level, ...)."""
         x = below = self.weights["generator.const"]
         for at in range(level + 1):
@@ -171,7 +176,7 @@ class NaiveALAE:
         drawn.noise = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
         return drawn
 
-    def _mixed(self, draws, level: int, blend: float) -> Tensor:
+    def _mixed(self, draws: Draws | SimpleNamespace, level: int, blend: float) -> Tensor:
         """G(F(z)) with style mixing; moves the mean of w."""
         w = self.mapping(draws.z)
         self.w_mean.lerp_(w.detach().mean(0).to(self.w_mean).expand_as(self.w_mean), 1 - 0.995)
@@ -182,7 +187,7 @@ class NaiveALAE:
             styles = torch.where(index < draws.cut, styles, other)
         return self.generate(styles, draws.noise, level, blend)
 
-    def discriminator_loss(self, images: Tensor, draws, level: int, blend: float) -> Tensor:
+    def discriminator_loss(self, images: Tensor, draws: Draws | SimpleNamespace, level: int, blend: float) -> Tensor:
         """Of E and D, with R1."""
         with torch.no_grad():
             generated = self._mixed(draws, level, blend)
@@ -193,11 +198,11 @@ class NaiveALAE:
         penalty = torch.sum(gradient.float() ** 2, (1, 2, 3))
         return torch.mean(F.softplus(fake) + F.softplus(-real) + self.gamma / 2 * penalty)
 
-    def generator_loss(self, images: Tensor, draws, level: int, blend: float) -> Tensor:
+    def generator_loss(self, images: Tensor, draws: Draws | SimpleNamespace, level: int, blend: float) -> Tensor:
         """Of G and F; the images do not matter."""
         return torch.mean(F.softplus(-self.critic(self.encode(self._mixed(draws, level, blend), level, blend)).float()))
 
-    def reciprocity_loss(self, images: Tensor, draws, level: int, blend: float) -> Tensor:
+    def reciprocity_loss(self, images: Tensor, draws: Draws | SimpleNamespace, level: int, blend: float) -> Tensor:
         """Of E, G and F; the images do not matter."""
         w = self.mapping(draws.z)
         styles = w[:, None].repeat(1, 2 * (level + 1), 1)

@@ -7,7 +7,7 @@ ALAE, VQ-VAE-2 and beta-VAE are those of the training iterations; TAESD's layers
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from speed.naive_alae import NaiveALAE
 from speed.naive_beta_vae import NaiveBetaVAE
 from speed.naive_vqvae2 import NaiveVQVAE2
 
+if TYPE_CHECKING:
+    from letit_dist.autoencoders.base import Autoencoder
+    from letit_dist.autoencoders.taesd import TAESD
+
 
 class NaiveAutoencoder:
     """A letit autoencoder as functions of copies of its weights; `precision` as there.
@@ -24,7 +28,7 @@ class NaiveAutoencoder:
     `encode` and `decode` give what its own do, of images in [-1, 1]; `noise` is that of ALAE's decoder.
     """
 
-    def __init__(self, network):
+    def __init__(self, network: Autoencoder):
         self.precision = "fp32"
         self.network: Any = _MAKE[network.config.kind](network)
         for weight in self.network.weights.values():
@@ -51,7 +55,7 @@ class NaiveAutoencoder:
 class NaiveTAESD:
     """TAESD's layers in the order of its files, as functions of copies of the weights under the same names."""
 
-    def __init__(self, network):
+    def __init__(self, network: TAESD):
         self.config = network.config
         plain = {"memory_format": torch.contiguous_format}
         self.weights = {name: weight.detach().clone(**plain) for name, weight in network.named_parameters()}
@@ -99,7 +103,7 @@ class NaiveTAESD:
         return F.conv2d(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), stride=stride, padding=1)
 
 
-_MAKE: dict[str, Callable] = {
+_MAKE: dict[str, Callable[[Any], Any]] = {
     "alae": lambda network: NaiveALAE(network, rate=1.0, half_life=1.0),
     "vqvae2": lambda network: NaiveVQVAE2(network, rate=1.0),
     "beta_vae": lambda network: NaiveBetaVAE(network, rate=1.0),
@@ -116,7 +120,7 @@ def _decode_alae(network: NaiveALAE, latents: Tensor, noise: Sequence[Tensor]) -
     return network.generate(latents[:, None].repeat(1, 2 * (top + 1), 1), noise, top)
 
 
-_PASSES: dict[str, tuple[Callable, Callable]] = {
+_PASSES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor, Any], Tensor]]] = {
     "alae": (_encode_alae, _decode_alae),
     "vqvae2": (NaiveVQVAE2.encode, lambda network, latents, noise: network.decode(latents)),
     "beta_vae": (

@@ -6,15 +6,20 @@ parameters. It shares no code with `letit_dist`, so that agreement means somethi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from letit_dist.autoencoders.beta_vae import BetaVAE
 
 
 class NaiveBetaVAE:
     """A letit beta-VAE with a sigmoid at its end, as functions of copies of its weights under the same names."""
 
-    def __init__(self, network, *, rate: float, beta: float = 10.0):
+    def __init__(self, network: BetaVAE, *, rate: float, beta: float = 10.0):
         self.beta = beta
         plain = {"memory_format": torch.contiguous_format}
         self.weights = {n: p.detach().clone(**plain).requires_grad_() for n, p in network.named_parameters()}

@@ -9,10 +9,14 @@ code trains -E).
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from letit_dist.energy.models import EnergyModel
 
 
 class NaiveEnergy:
@@ -20,7 +24,7 @@ class NaiveEnergy:
 
     def __init__(
         self,
-        energy,
+        energy: EnergyModel,
         *,
         steps: int,
         step_size: float,
@@ -32,7 +36,7 @@ class NaiveEnergy:
     ):
         """`decay` is of the average, per iteration. With `frozen`, as published, chains run on parameters that
         require no gradient; without, each of their backward passes makes those of the parameters too."""
-        self.config = energy.config
+        self.config: Any = energy.config  # of either kind
         self.steps, self.step_size, self.decay, self.frozen = steps, step_size, decay, frozen
         plain = {"memory_format": torch.contiguous_format}
         self.weights = {n: p.detach().clone(**plain).requires_grad_() for n, p in energy.named_parameters()}
@@ -86,6 +90,7 @@ class NaiveEnergy:
         for _ in range(self.steps):
             z = z.detach().requires_grad_()
             self(z).sum().backward()
+            assert z.grad is not None
             z = z - self.step_size / 2 * z.grad
         for weight in self.weights.values():
             weight.requires_grad_(True)

@@ -7,9 +7,14 @@ means something.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from letit_dist.autoencoders.vqvae2 import VQVAE2
 
 COMMITMENT, EPS = 0.25, 1e-5
 LEVELS = ("top", "bottom")
@@ -18,7 +23,7 @@ LEVELS = ("top", "bottom")
 class NaiveVQVAE2:
     """A letit VQ-VAE-2 without layer noise, as functions of copies of its weights under the same names."""
 
-    def __init__(self, network, *, rate: float, eps: float = 1e-8):
+    def __init__(self, network: VQVAE2, *, rate: float, eps: float = 1e-8):
         self.config = network.config
         plain = {"memory_format": torch.contiguous_format}
         self.weights = {n: p.detach().clone(**plain).requires_grad_() for n, p in network.named_parameters()}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from speed.arguments import at_least_one, without_effect
+from speed.arguments import Rows, at_least_one, without_effect
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +17,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="key=value", help="of the configuration")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """One process and several, in turns."""
     at_least_one(args, "images")
     without_effect(args, "bf16", "compile", "plain", "flops", "threads")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from speed.arguments import at_least_one, without_effect
+from speed.arguments import Rows, at_least_one, without_effect
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +15,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=1, metavar="N", help="images of the iterations that are timed (1)")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """A checkpoint and a resume of each configuration."""
     at_least_one(args, "batch")
     without_effect(args, "bf16", "compile", "plain", "flops")

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.config import PretrainConfig
-from letit_dist.recipes.base import Batch
+from letit_dist.recipes.base import Batch, Recipe
 from letit_dist.registry import RECIPES
 from letit_dist.training.setup import seed_weights
 from letit_dist.training.trainer import Trainer
@@ -39,14 +41,16 @@ class SaveCost:
 def save_cost(config: PretrainConfig, run: Path, *, count: int, repeats: int) -> SaveCost:
     """Medians over `repeats`, with all state of the last level, on batches of `count` random images."""
     levels = config.recipe.levels(config.autoencoder)
-    changes: dict = {"batch": count, "microbatch": None}
+    changes: dict[str, Any] = {"batch": count, "microbatch": None}
     if not torch.cuda.is_available() and config.training.precision == "bf16":
         changes["precision"] = "fp32"  # most processors crawl in bfloat16, and a checkpoint is the same
     training = config.training.model_copy(update=changes)
     seed_weights(training.seed)
 
+    recipe_class: Callable[..., Recipe] = RECIPES.get(config.recipe.kind)
+
     def trainer() -> Trainer:
-        recipe = RECIPES.get(config.recipe.kind)(
+        recipe = recipe_class(
             config.recipe, build_autoencoder(config.autoencoder), seed=training.seed, precision=training.precision
         )
         made = idle_trainer(recipe, run, **dict(training))
@@ -59,7 +63,7 @@ def save_cost(config: PretrainConfig, run: Path, *, count: int, repeats: int) ->
     steps, held, behind, resumed = [], [], [], []
     for _ in range(repeats + 1):
         batch = ready(made, Batch({"images": images}, torch.arange(count), made.images_seen, count))
-        steps.append(_seconds(lambda batch=batch: made.learn(batch)))
+        steps.append(_seconds(partial(made.learn, batch)))
         held.append(_seconds(lambda: made.save(background=True)))
         behind.append(_seconds(made.store.wait))
     newest = max(made.store.folder.glob("images-*"))

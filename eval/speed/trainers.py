@@ -15,6 +15,16 @@ from letit_dist.training.setup import create_accelerator
 from letit_dist.training.trainer import Trainer
 
 
+class _NoFeed:
+    """The caller has the batches."""
+
+    def batches(self, *_: object, **__: object) -> Iterator[Batch]:
+        raise AssertionError("this trainer stands still")
+
+    def preview(self, count: int) -> Batch:
+        raise AssertionError("this trainer stands still")
+
+
 def idle_trainer(recipe: Recipe, run: Path, **training: Any) -> Trainer:
     """A trainer of `recipe` in the folder `run`, whose batches the caller gives to `Trainer.learn`.
 
@@ -24,7 +34,7 @@ def idle_trainer(recipe: Recipe, run: Path, **training: Any) -> Trainer:
     return Trainer(
         create_accelerator(several_phases=len(recipe.phases) > 1),
         recipe,
-        feed=None,
+        _NoFeed(),
         run=run,
         training=TrainingConfig(**keys),
         intervals=IntervalsConfig(report=1, samples=1, checkpoint=1),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from speed.arguments import WIDTHS, at_least_one
+from speed.arguments import WIDTHS, Rows, at_least_one
 from speed.decode import KINDS
 
 
@@ -25,7 +25,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="T", help="of a chain (default: as published, 20, 10, 35 and 35)")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """Each autoencoder at each resolution; then where the time of ours goes."""
     at_least_one(args, "batch", "images", "steps")
     from letit_dist.evaluation.benchmark import Fact, Match, Side
@@ -44,7 +44,7 @@ def matches(args: argparse.Namespace) -> Iterator:
                 sides.prepare("bf16" if args.bf16 else "fp32", args.compile, plain=args.plain)
                 name = f"{kind}, {resolution} pixels"
                 naive, ours = Side(sides.run_naive, sides.held_naive), Side(sides.run_ours, sides.held)
-                yield Match(name, naive, ours, lambda agree=agree: agree, images=args.images)
+                yield Match(name, naive, ours, partial(str, agree), images=args.images)
                 seconds = sides.shares(args.repeats)
             total = sum(seconds.values())
             parts = ", ".join(f"{part} {1000 * spent:.3g} ms ({spent / total:.1%})" for part, spent in seconds.items())

@@ -17,7 +17,8 @@ from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.benchmark import clock
 from letit_dist.evaluation.translating import TranslateOptions, translate_all
-from speed.agreement import apart, full_precision, require_agreement
+from letit_dist.memory import Precision
+from speed.agreement import apart, compile_methods, full_precision, require_agreement
 from speed.models import in_float64
 from speed.naive_autoencoders import NaiveAutoencoder
 from speed.naive_energy import NaiveEnergy
@@ -44,19 +45,17 @@ class FrozenSides:
         yield from self.translator.autoencoder.state_dict().values()
         yield from self.translator.energy.state_dict().values()
 
-    def prepare(self, precision: str, compiler: str | None, *, plain: bool) -> None:
+    def prepare(self, precision: Precision, compiler: str | None, *, plain: bool) -> None:
         """What both are timed in; with `plain` the naive side stays in float32 and is not compiled."""
         self.translator.precision = precision
         network = self.translator.autoencoder
         if compiler:
-            network.encode = torch.compile(network.encode, backend=compiler)
-            network.decode = torch.compile(network.decode, backend=compiler)
+            compile_methods(network, "encode", "decode", backend=compiler)
         if plain:
             return
         self.naive.precision = precision
         if compiler:
-            self.naive.encode = torch.compile(self.naive.encode, backend=compiler)
-            self.naive.decode = torch.compile(self.naive.decode, backend=compiler)
+            compile_methods(self.naive, "encode", "decode", backend=compiler)
 
 
 class DecodeSides(FrozenSides):
@@ -102,7 +101,7 @@ class TranslateSides(FrozenSides):
         self.source = make_pictures(folder / "source", self.side, images)
         self.chain = _naive_chain(translator)
 
-    def prepare(self, precision: str, compiler: str | None, *, plain: bool) -> None:
+    def prepare(self, precision: Precision, compiler: str | None, *, plain: bool) -> None:
         super().prepare(precision, compiler, plain=plain)
         self.chain.precision = "fp32" if plain else precision
 
@@ -120,8 +119,8 @@ class TranslateSides(FrozenSides):
             with Image.open(path) as picture:
                 pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(self.device)
             images = self.one(to_images(pixels), place)
-            pixels = images.add(1).mul(127.5).round().clamp(0, 255).byte()[0].permute(1, 2, 0).cpu().numpy()
-            Image.fromarray(pixels).save(self.folder / "naive" / f"{path.stem}.png")
+            made = images.add(1).mul(127.5).round().clamp(0, 255).byte()[0].permute(1, 2, 0).cpu().numpy()
+            Image.fromarray(made).save(self.folder / "naive" / f"{path.stem}.png")
 
     def one(self, images: Tensor, place: int) -> Tensor:
         """Images (1, 3, H, W) to their translation, plainly."""
@@ -188,8 +187,14 @@ class TranslateSides(FrozenSides):
 
 def _naive_chain(translator: Translator) -> NaiveEnergy:
     config = translator.sampler.config
-    training = {"rate": 1.0, "betas": (0.5, 0.999), "eps": 1e-8, "decay": 0.5}  # nothing is trained here
-    return NaiveEnergy(translator.energy, steps=config.steps, step_size=config.step_size, **training, frozen=False)
+    return NaiveEnergy(
+        translator.energy,
+        steps=config.steps,
+        step_size=config.step_size,
+        frozen=False,
+        **{"rate": 1.0, "eps": 1e-8, "decay": 0.5},  # nothing is trained here
+        betas=(0.5, 0.999),
+    )
 
 
 def make_pictures(folder: Path, side: int, count: int, seed: int = 0) -> Path:

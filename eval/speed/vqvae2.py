@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from speed.arguments import at_least_one
+from speed.arguments import Rows, at_least_one
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=4, metavar="N", help="images an iteration (default: 4)")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """A training iteration at each resolution."""
     at_least_one(args, "batch", "channels")
     from letit_dist.autoencoders.vqvae2 import VQVAE2Config
@@ -45,4 +45,4 @@ def matches(args: argparse.Namespace) -> Iterator:
             )
             agree = f"float64: {listed(exact)}; float32: loss {loss:.0e}"
             name = f"{config.resolution} pixels"
-            yield Match(name, sides.naive_side, sides.our_side, lambda agree=agree: agree, args.batch, 1.5)
+            yield Match(name, sides.naive_side, sides.our_side, partial(str, agree), args.batch, 1.5)

@@ -11,7 +11,7 @@ from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.recipes.vqvae2 import VQVAE2Recipe, VQVAE2RecipeConfig
 from letit_dist.training.setup import seed_weights
-from speed.agreement import apart, full_precision, require_agreement
+from speed.agreement import apart, compile_methods, full_precision, require_agreement
 from speed.naive_vqvae2 import LEVELS, NaiveVQVAE2
 from speed.trainers import idle_trainer, learning_side, ready
 
@@ -47,9 +47,9 @@ class Vqvae2Sides:
         self.images = images.to(device, dtype)
         self.batch = ready(self.trainer, Batch({"images": self.images}, torch.arange(batch), 0, batch))
         if compiler:
-            network.forward_training = torch.compile(network.forward_training, backend=compiler)
+            compile_methods(network, "forward_training", backend=compiler)
         if compiler and naive_precision is None:
-            self.naive.loss = torch.compile(self.naive.loss, backend=compiler)
+            compile_methods(self.naive, "loss", backend=compiler)
 
     @property
     def naive_side(self) -> Side:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,13 +24,16 @@ def ahead(items: Iterator[T], count: int) -> Iterator[T]:
 
     Whatever making one raises comes where the item would have come.
     """
-    end = object()
+
+    def make() -> list[T]:
+        return list(islice(items, 1))  # none at the end
+
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
-        waiting = deque(thread.submit(next, items, end) for _ in range(count))
+        waiting = deque(thread.submit(make) for _ in range(count))
         try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(thread.submit(next, items, end))
-                yield item
+            while made := waiting.popleft().result():
+                waiting.append(thread.submit(make))
+                yield from made
         finally:
             for future in waiting:
                 future.cancel()

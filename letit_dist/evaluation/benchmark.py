@@ -93,7 +93,7 @@ class Result:
             "agreement": self.agreement,
         }
 
-    def _utilisation(self) -> dict[str, str]:
+    def _utilisation(self) -> dict[str, str | None]:
         if self.operations is None:
             return {}
         rate = self.operations / statistics.median(ours for _, ours in self.seconds)

@@ -216,7 +216,7 @@ class _Writers:
 
     def __init__(self, threads: int):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="write")
-        self._waiting: list[Future] = []
+        self._waiting: list[Future[None]] = []
 
     def write(self, jobs: Iterable[Callable[[], None]]) -> None:
         """Begin with a chunk, when the one before is written."""
