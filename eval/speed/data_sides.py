@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from letit_dist.memory import resident_bytes
 LARGE, SMALL = 1024, 256
 
 
-def _noise(draw: np.random.Generator, side: int, slope: float) -> np.ndarray:
+def _noise(draw: np.random.Generator, side: int, slope: float) -> np.ndarray[Any, Any]:
     """(side, side) with unit deviation, whose amplitude falls with frequency to the power `slope`."""
     frequency = np.maximum(np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]), 1 / side)
     waves = draw.normal(size=(2, *frequency.shape)) / frequency**slope

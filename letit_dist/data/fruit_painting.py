@@ -18,6 +18,7 @@ from letit_dist.data.fruit_surface import (
     CLOUDS_AND_GRAIN,
     GRAIN,
     ORANGE_SKIN,
+    Array,
     Body,
     dot,
     fivefold,
@@ -36,7 +37,7 @@ _TEXTURE_TILE = 2.0  # fruit radii that one texture tile covers
 _CHUNK = 1 << 15  # points shaded at a time, so that their arrays stay in cache
 
 
-def encode(picture: np.ndarray) -> np.ndarray:
+def encode(picture: Array) -> Array:
     """Linear light (3, height, width) as uint8 sRGB (height, width, 3)."""
     # An exponential shoulder keeps highlights from clipping to flat white patches.
     exposed = 1.0 - np.exp(-1.25 * picture)
@@ -44,13 +45,13 @@ def encode(picture: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((srgb * 255.0 + 0.5).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _smooth(low: float, high: float, value: np.ndarray) -> np.ndarray:
+def _smooth(low: float, high: float, value: Array) -> Array:
     t = np.clip((value - low) * (1.0 / (high - low)), 0.0, 1.0)
     return t * t * (3.0 - 2.0 * t)
 
 
 @functools.cache
-def _linear(red: int, green: int, blue: int) -> np.ndarray:
+def _linear(red: int, green: int, blue: int) -> Array:
     """A column of linear light from an sRGB colour, so that it multiplies rows of pixels."""
     return (np.array([[red], [green], [blue]], np.float32) / 255.0) ** 2.2
 
@@ -62,10 +63,10 @@ def _linear(red: int, green: int, blue: int) -> np.ndarray:
 class Light:
     """A soft lamp before the scene, halfway between it and the camera, and the light the table throws back."""
 
-    direction: np.ndarray
-    half: np.ndarray
+    direction: Array
+    half: Array
     key: float
-    tone: np.ndarray
+    tone: Array
 
     @classmethod
     def of(cls, content: Mapping[str, float]) -> Light:
@@ -78,7 +79,7 @@ class Light:
         return cls(direction, half, mix(0.5, 1.75, content["light_strength"]), tone)
 
 
-def paint_scene(content: Mapping[str, float], place: Place, light: Light, resolution: int) -> np.ndarray:
+def paint_scene(content: Mapping[str, float], place: Place, light: Light, resolution: int) -> Array:
     """Wall, table and the shadow of the fruit at `place`, linear (3, resolution, resolution)."""
     places = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution
     u, v = places[None, :], places[:, None]
@@ -99,7 +100,7 @@ def paint_scene(content: Mapping[str, float], place: Place, light: Light, resolu
     return light.tone[:, :, None] * tint * ((0.55 + 0.5 * light.key) * shade)
 
 
-def _shadow(place: Place, light: Light, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _shadow(place: Place, light: Light, u: Array, v: Array) -> Array:
     """The light that reaches the table: dark where the fruit stands, dimmed on the side away from the lamp."""
     x, y, radius = place
     across, down = (u - x) / radius, (v - y) / radius
@@ -117,8 +118,8 @@ class _Window:
 
     rows: slice
     columns: slice
-    x: np.ndarray
-    y: np.ndarray
+    x: Array
+    y: Array
     spacing: float
 
     @classmethod
@@ -131,7 +132,7 @@ class _Window:
         spacing = 1.0 / (_SAMPLES * resolution * radius)
         return cls(rows, columns, (across[None] - x) / radius, (y - down[:, None]) / radius, spacing)
 
-    def blend(self, picture: np.ndarray, colour: np.ndarray, cover: np.ndarray) -> None:
+    def blend(self, picture: Array, colour: Array, cover: Array) -> None:
         """Lay `colour` (3, ...samples), already multiplied by `cover`, over the picture."""
         target = picture[:, self.rows, self.columns]
         target *= 1.0 - halve(cover[None])
@@ -142,12 +143,12 @@ def _pixels(low: float, high: float, resolution: int) -> slice:
     return slice(max(math.floor(low * resolution), 0), min(math.ceil(high * resolution), resolution))
 
 
-def _sample_places(span: slice, resolution: int) -> np.ndarray:
+def _sample_places(span: slice, resolution: int) -> Array:
     count = _SAMPLES * (span.stop - span.start)
     return ((np.arange(count, dtype=np.float32) + 0.5) / _SAMPLES + span.start) / resolution
 
 
-def paint_fruit(picture: np.ndarray, style: str, look: Mapping[str, float], place: Place, light: Light) -> None:
+def paint_fruit(picture: Array, style: str, look: Mapping[str, float], place: Place, light: Light) -> None:
     """Lay the fruit of `style` and `look` over a picture that `paint_scene` gave."""
     body = Body(style, look)
     window = _Window.around(place, picture.shape[1], (-1.22, 1.22, -1.22, 1.5))
@@ -167,9 +168,7 @@ def paint_fruit(picture: np.ndarray, style: str, look: Mapping[str, float], plac
         _paint_leaf(picture, x, y + (0.1 if style == "apple" else 0.0), look, place, light)
 
 
-def _paint_body(
-    canvas: np.ndarray, samples: np.ndarray, window: _Window, body: Body, skin: Callable[[np.ndarray], np.ndarray]
-) -> None:
+def _paint_body(canvas: Array, samples: Array, window: _Window, body: Body, skin: Callable[[Array], Array]) -> None:
     """Fill rows of `canvas` at `samples`: the colour of `skin` times cover, cover, and depth in fruit radii."""
     rows, columns = np.divmod(samples, window.x.size)
     x = window.x[0].take(columns) * body.scale + body.centre[0]
@@ -181,13 +180,13 @@ def _paint_body(
 
 
 def _lit(
-    point: np.ndarray,
-    smooth: np.ndarray,
-    normal: np.ndarray,
-    colour: np.ndarray,
-    occlusion: np.ndarray,
+    point: Array,
+    smooth: Array,
+    normal: Array,
+    colour: Array,
+    occlusion: Array,
     light: Light,
-) -> np.ndarray:
+) -> Array:
     """Linear light (3, points) that skin scatters from lamp, sky and table; `smooth` is the unbumped normal."""
     lambert = np.clip((dot(light.direction, normal) + 0.12) / 1.12, 0.0, 1.0)
     # Where the whole body turns away from the lamp, its bumps must not catch it.
@@ -198,21 +197,21 @@ def _lit(
     return colour * (table + ((0.2 + 0.14 * normal[1]) * open_sky + lamp))
 
 
-def _highlight(normal: np.ndarray, strength: float, tightness: float, light: Light) -> np.ndarray:
+def _highlight(normal: Array, strength: float, tightness: float, light: Light) -> Array:
     toward = dot(light.half, normal) - 1.0
     lamp = np.exp(toward * tightness) + 0.25 * np.exp(toward * (tightness * 0.12))
     rim = (1.0 - np.clip(normal[2], 0.0, 1.0)) ** 4 * (0.5 + 0.5 * normal[1])
     return strength * light.key * lamp + 0.10 * rim
 
 
-def _skin_places(point: np.ndarray, look: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+def _skin_places(point: Array, look: Mapping[str, float]) -> tuple[Array, Array]:
     """Texture coordinates that spread evenly over the visible half: an equal-area map seen from the camera."""
     x, y, z = unit(point)
     spread = np.sqrt(2.0 / (1.0 + np.maximum(z, -0.5))) * (1.0 / _TEXTURE_TILE)
     return x * spread + look["texture_x"], look["texture_y"] - y * spread
 
 
-def _apple_skin(point: np.ndarray, body: Body, look: Mapping[str, float], spacing: float, light: Light) -> np.ndarray:
+def _apple_skin(point: Array, body: Body, look: Mapping[str, float], spacing: float, light: Light) -> Array:
     normal, cosine, _ = body.surface(point)
     colour = _apple_colour(point, cosine, body, look, spacing / _TEXTURE_TILE)
     occlusion = 1.0 - 0.72 * np.exp((cosine - 1.0) * 14.0)
@@ -220,9 +219,7 @@ def _apple_skin(point: np.ndarray, body: Body, look: Mapping[str, float], spacin
     return _lit(point, normal, normal, colour, occlusion, light) + shine
 
 
-def _apple_colour(
-    point: np.ndarray, cosine: np.ndarray, body: Body, look: Mapping[str, float], spacing: float
-) -> np.ndarray:
+def _apple_colour(point: Array, cosine: Array, body: Body, look: Mapping[str, float], spacing: float) -> Array:
     """Green to yellow ground under a streaked blush towards its sunny side, pale dots, russet in the dip."""
     dots, _, clouds = sample_texture(APPLE_SKIN, *_skin_places(point, look), spacing)
     around = np.arctan2(dot(body.side, point), dot(body.front, point)) * (2.0 / math.tau)
@@ -242,7 +239,7 @@ def _apple_colour(
     return mix(colour, russet, 0.75 * near_stem)
 
 
-def _orange_skin(point: np.ndarray, body: Body, look: Mapping[str, float], spacing: float, light: Light) -> np.ndarray:
+def _orange_skin(point: Array, body: Body, look: Mapping[str, float], spacing: float, light: Light) -> Array:
     smooth, cosine, lobe = body.surface(point)
     clouds, pit, slope_x, slope_y = sample_texture(ORANGE_SKIN, *_skin_places(point, look), spacing / _TEXTURE_TILE)
     colour = mix(_linear(255, 172, 20), _linear(238, 96, 6), look["hue"])
@@ -266,7 +263,7 @@ def _orange_skin(point: np.ndarray, body: Body, look: Mapping[str, float], spaci
     return _lit(point, smooth, normal, colour, occlusion, light) + shine
 
 
-def _paint_stem(canvas: np.ndarray, window: _Window, body: Body, look: Mapping[str, float], light: Light) -> None:
+def _paint_stem(canvas: Array, window: _Window, body: Body, look: Mapping[str, float], light: Light) -> None:
     """A bent woody peg in the dip, hidden where the near shoulder stands before it."""
     base_x, base_y, base_z = body.pole()
     length, upright = mix(0.42, 0.68, look["stem_length"]), math.hypot(*body.axis[:2])
@@ -291,7 +288,7 @@ def _paint_stem(canvas: np.ndarray, window: _Window, body: Body, look: Mapping[s
     target[3] += cover
 
 
-def _paint_leaf(picture: np.ndarray, x: float, y: float, look: Mapping[str, float], place: Place, light: Light) -> None:
+def _paint_leaf(picture: Array, x: float, y: float, look: Mapping[str, float], place: Place, light: Light) -> None:
     """A leaf that grows from `x`, `y` (fruit radii) to one side, and the shadow it throws on the fruit."""
     side = 1.0 if look["leaf_angle"] > 0.5 else -1.0
     angle = mix(-0.25, 0.45, abs(look["leaf_angle"] - 0.5) * 2.0)
@@ -305,7 +302,7 @@ def _paint_leaf(picture: np.ndarray, x: float, y: float, look: Mapping[str, floa
     window.blend(picture, _leaf_colour(along, aside, side, look["texture_x"], light) * cover, cover)
 
 
-def _leaf_colour(along: np.ndarray, aside: np.ndarray, side: float, hue: float, light: Light) -> np.ndarray:
+def _leaf_colour(along: Array, aside: Array, side: float, hue: float, light: Light) -> Array:
     fold, from_rib = np.clip(aside * 30.0, -1.0, 1.0), np.abs(aside)
     normal = unit(np.stack([0.25 * side * (along - 0.3), 0.33 * fold + 0.35, np.full_like(along, 0.8)]))
     veins = 0.06 * np.sin(along * 46.0 - from_rib * 110.0) * _smooth(0.0, 0.04, from_rib)
@@ -317,7 +314,7 @@ def _leaf_colour(along: np.ndarray, aside: np.ndarray, side: float, hue: float, 
 
 def _leaf_blade(
     window: _Window, x: float, y: float, side: float, angle: float, length: float, blur: float
-) -> tuple[np.ndarray, ...]:
+) -> tuple[Array, ...]:
     """Cover, place along the blade from 0 to 1, and distance from its midrib, of a pointed, drooping leaf."""
     right, up = (window.x - x) * side, window.y - y
     along = (right * math.cos(angle) + up * math.sin(angle)) / length

@@ -9,11 +9,12 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
-N = TypeVar("N", float, np.ndarray)
+Array = np.ndarray[Any, Any]
+N = TypeVar("N", float, Array)
 
 _TEXTURE_SIZE = 512  # a power of two, so that coordinates wrap with a bit mask
 
@@ -23,20 +24,20 @@ _TEXTURE_SIZE = 512  # a power of two, so that coordinates wrap with a bit mask
 @overload
 def mix(a: N, b: N, t: float) -> N: ...
 @overload
-def mix(a: float | np.ndarray, b: float | np.ndarray, t: np.ndarray) -> np.ndarray: ...
-def mix(a: float | np.ndarray, b: float | np.ndarray, t: float | np.ndarray) -> float | np.ndarray:
+def mix(a: float | Array, b: float | Array, t: Array) -> Array: ...
+def mix(a: float | Array, b: float | Array, t: float | Array) -> float | Array:
     return a + (b - a) * t
 
 
-def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def dot(a: Array, b: Array) -> Array:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def unit(v: np.ndarray) -> np.ndarray:
+def unit(v: Array) -> Array:
     return v / np.sqrt(dot(v, v))
 
 
-def fivefold(cosine: np.ndarray) -> np.ndarray:
+def fivefold(cosine: Array) -> Array:
     """cos(5 a) from cos(a), which spares an arc tangent and a cosine per point."""
     square = cosine * cosine
     return cosine * (5.0 + square * (16.0 * square - 20.0))
@@ -53,7 +54,7 @@ APPLE_SKIN, ORANGE_SKIN, CLOUDS_AND_GRAIN, GRAIN = (
 
 
 @functools.cache
-def textures() -> tuple[np.ndarray, ...]:
+def textures() -> tuple[Array, ...]:
     """Speckles, grain, clouds, pores and slopes of pores to the right and up, at sizes 512, 256, ... 1."""
     chain = [np.stack([_speckles(), _noise(7.0, 120.0, 1.15), _noise(1.0, 24.0, 1.7), *_pores()])]
     while chain[-1].shape[1] > 1:
@@ -61,12 +62,12 @@ def textures() -> tuple[np.ndarray, ...]:
     return tuple(np.ascontiguousarray(tile.reshape(len(tile), -1), np.float32) for tile in chain)
 
 
-def halve(image: np.ndarray) -> np.ndarray:
+def halve(image: Array) -> Array:
     quads = image[:, ::2, ::2] + image[:, 1::2, ::2] + image[:, ::2, 1::2] + image[:, 1::2, 1::2]
     return quads * np.float32(0.25)
 
 
-def _noise(low: float, high: float, fall: float) -> np.ndarray:
+def _noise(low: float, high: float, fall: float) -> Array:
     """Noise of unit variance with `low` to `high` waves per tile, weaker by the power `fall` of their number."""
     white = np.fft.rfft2(np.random.default_rng(11).standard_normal((_TEXTURE_SIZE, _TEXTURE_SIZE)))
     waves = np.hypot(np.fft.fftfreq(_TEXTURE_SIZE)[:, None], np.fft.rfftfreq(_TEXTURE_SIZE)) * _TEXTURE_SIZE
@@ -75,7 +76,7 @@ def _noise(low: float, high: float, fall: float) -> np.ndarray:
     return layer / layer.std()
 
 
-def _cells(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _cells(count: int, seed: int) -> tuple[Array, Array]:
     """Distance, in cells, to the nearest of count * count scattered points, and that point's own number."""
     rng = np.random.default_rng(seed)
     points, numbers = rng.uniform(0.12, 0.88, (2, count, count)), rng.random((count, count))
@@ -92,20 +93,20 @@ def _cells(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(nearest), number
 
 
-def _pores() -> tuple[np.ndarray, ...]:
+def _pores() -> tuple[Array, ...]:
     distance, number = _cells(46, 5)
     pit = np.exp(-((distance / (0.24 + 0.14 * number)) ** 2))
     height = -0.8 * pit - 0.7 * np.exp(-((_cells(13, 6)[0] / 0.42) ** 2))
     return pit, np.roll(height, -1, 1) - np.roll(height, 1, 1), np.roll(height, 1, 0) - np.roll(height, -1, 0)
 
 
-def _speckles() -> np.ndarray:
+def _speckles() -> Array:
     """Dots of many sizes, as the lenticels of an apple."""
     distance, number = _cells(30, 8)
     return np.clip((0.06 + 0.16 * number**2 - distance) * 9.0 + 0.5, 0.0, 1.0) * (number > 0.25)
 
 
-def sample_texture(channels: slice, s: np.ndarray, t: np.ndarray, spacing: float) -> np.ndarray:
+def sample_texture(channels: slice, s: Array, t: Array, spacing: float) -> Array:
     """The textures' `channels` (channels, points) at `s`, `t` in tiles, for samples `spacing` tiles apart."""
     chain = textures()
     level = round(math.log2(max(spacing * _TEXTURE_SIZE, 1.0)))
@@ -168,7 +169,7 @@ class Body:
         tip = self.axis * (self.height * (1.0 - self.dip))
         return [(float(at) - origin) / self.scale for at, origin in zip(tip, (*self.centre, 0.0), strict=True)]
 
-    def parts(self, square: np.ndarray, along: np.ndarray, aside: np.ndarray) -> tuple[np.ndarray, ...]:
+    def parts(self, square: Array, along: Array, aside: Array) -> tuple[Array, ...]:
         """Distance of points from the centre, of the surface below them, cosine to the axis, cosine about it."""
         lateral = np.sqrt(np.maximum(square - along * along, 1e-6))
         lobe = aside / lateral
@@ -183,12 +184,12 @@ class Body:
             bulge += fivefold(lobe) * (0.9 * self.ribs - (0.7 * self.ribs) * cosine)
         return distance, surface + bulge * width, cosine, lobe
 
-    def gap(self, square: np.ndarray, along: np.ndarray, aside: np.ndarray) -> np.ndarray:
+    def gap(self, square: Array, along: Array, aside: Array) -> Array:
         """A length that is never above the true distance to the surface, and negative inside."""
         distance, surface, _, _ = self.parts(square, along, aside)
         return (distance - surface) * 0.85
 
-    def trace(self, x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
+    def trace(self, x: Array, y: Array, spacing: float) -> tuple[Array, Array]:
         """Depth where lines of sight through `x`, `y` meet the surface, and how much of each sample it covers.
 
         Depth grows towards the camera; `spacing` lies between two samples, all in the body's own unit.
@@ -202,9 +203,7 @@ class Body:
         nearest[left] = np.minimum(nearest.take(left), further)
         return z, np.clip(1.0 - nearest * (2.0 / spacing), 0.0, 1.0)
 
-    def _march(
-        self, z: np.ndarray, square: np.ndarray, along: np.ndarray, aside: np.ndarray, *, steps: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _march(self, z: Array, square: Array, along: Array, aside: Array, *, steps: int) -> tuple[Array, Array]:
         axis_z, side_z = self.axis[2], self.rib_side[2]
         gap = nearest = step = self.gap(square + z * z, along + axis_z * z, aside + side_z * z)
         for _ in range(steps):
@@ -217,7 +216,7 @@ class Body:
             gap = after
         return z, nearest
 
-    def surface(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def surface(self, point: Array) -> tuple[Array, Array, Array]:
         """Normals (3, points) at `point` (3, points), cosines to the axis, and cosines about it."""
         at = dot(point, point), dot(self.axis, point), dot(self.rib_side, point)
         distance, surface, cosine, lobe = self.parts(*at)

@@ -71,7 +71,7 @@ class LatentWriter:
     def write(
         self,
         key: str,
-        fields: Mapping[str, Tensor | np.ndarray],
+        fields: Mapping[str, Tensor | np.ndarray[Any, Any]],
         *,
         json_data: Mapping[str, Any] | None = None,
         view: str = "",
@@ -212,7 +212,7 @@ class LatentPairs:
         source, target = (self._rows(side, turns, pair) for side in (0, 1))
         return PairBatch(*map(torch.from_numpy, (positions, source, target, pair)))
 
-    def _rows(self, side: int, turns: np.ndarray, pair: np.ndarray) -> np.ndarray:
+    def _rows(self, side: int, turns: np.ndarray[Any, Any], pair: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         rows = np.empty_like(pair)
         for number in np.unique(pair).tolist():
             here = pair == number

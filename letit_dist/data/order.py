@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 
 from letit_dist.errors import UserError
 
 
-def _splitmix64(counter: np.ndarray) -> np.ndarray:
+def _splitmix64(counter: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """SplitMix64's output function (Steele et al. 2014): uint64 (N,) -> uint64 (N,), arithmetic modulo 2**64."""
     x = counter * np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(30)
@@ -28,7 +29,7 @@ def _splitmix64(counter: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _orders(seed: int, count: int, purpose: str) -> Callable[[int], np.ndarray]:
+def _orders(seed: int, count: int, purpose: str) -> Callable[[int], np.ndarray[Any, Any]]:
     # The two epochs that one batch can touch.
     return lru_cache(maxsize=2)(lambda epoch: _permutation(seed, epoch, count, purpose))
 
@@ -38,12 +39,12 @@ def forget() -> None:
     _orders.cache_clear()
 
 
-def permutation(seed: int, epoch: int, count: int, purpose: str = "order") -> np.ndarray:
+def permutation(seed: int, epoch: int, count: int, purpose: str = "order") -> np.ndarray[Any, Any]:
     """The order of one epoch: read-only int64 (count,), the same on every platform and NumPy version."""
     return _orders(seed, count, purpose)(epoch)
 
 
-def _permutation(seed: int, epoch: int, count: int, purpose: str) -> np.ndarray:
+def _permutation(seed: int, epoch: int, count: int, purpose: str) -> np.ndarray[Any, Any]:
     # NumPy promises no stable stream for its Generator, and a resumed run may have another NumPy.
     digest = hashlib.blake2b(f"{seed}/{purpose}/{epoch}".encode(), digest_size=8).digest()
     start = np.uint64(int.from_bytes(digest, "little"))
@@ -53,7 +54,7 @@ def _permutation(seed: int, epoch: int, count: int, purpose: str) -> np.ndarray:
     return order
 
 
-def sample_at(positions: np.ndarray, seed: int, count: int, purpose: str = "order") -> np.ndarray:
+def sample_at(positions: np.ndarray[Any, Any], seed: int, count: int, purpose: str = "order") -> np.ndarray[Any, Any]:
     """Samples (int64, same shape) at stream positions of a data set with `count` samples."""
     positions = np.asarray(positions, dtype=np.int64)
     epochs, slots = np.divmod(positions, count)
@@ -64,7 +65,7 @@ def sample_at(positions: np.ndarray, seed: int, count: int, purpose: str = "orde
     return samples
 
 
-def rank_positions(images_seen: int, batch: int, rank: int, world: int) -> np.ndarray:
+def rank_positions(images_seen: int, batch: int, rank: int, world: int) -> np.ndarray[Any, Any]:
     """Stream positions of one rank's contiguous slice of the global batch at images_seen: int64 (batch/world,)."""
     if batch % world:
         raise UserError(f"a batch of {batch} cannot be dealt to {world} ranks: make it a multiple of {world}")

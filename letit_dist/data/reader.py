@@ -248,7 +248,7 @@ class _Batches:
         self.resolution = resolution
         self.size = dataset.stored_size()
 
-    def __getitem__(self, positions: np.ndarray) -> ImageBatch | Failure:
+    def __getitem__(self, positions: np.ndarray[Any, Any]) -> ImageBatch | Failure:
         try:
             bad: list[tuple[str, str]] = []
             samples = sample_at(positions, self.seed, len(self.dataset)).tolist()
@@ -285,7 +285,7 @@ class _Positions:
     def __init__(self, start: int, batch: int, rank: int, world: int):
         self.start, self.batch, self.rank, self.world = start, batch, rank, world
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
         for images_seen in count(self.start, self.batch):
             yield rank_positions(images_seen, self.batch, self.rank, self.world)
 
@@ -342,7 +342,7 @@ class _InOrder:
     def __init__(self, dataset: Readable):
         self.dataset, self.size = dataset, dataset.stored_size()
 
-    def __getitem__(self, samples: np.ndarray) -> tuple[Tensor, Tensor] | Failure:
+    def __getitem__(self, samples: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor] | Failure:
         try:
             pixels = []
             for sample in samples.tolist():
@@ -369,7 +369,9 @@ def batches(
     return chunks(dataset, cuts, workers)
 
 
-def chunks(dataset: Readable, cuts: Sequence[np.ndarray], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(
+    dataset: Readable, cuts: Sequence[np.ndarray[Any, Any]], workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples of each cut, as `batches`."""
     return unwrap(iter(loader(_InOrder(dataset), cuts, workers)))
 

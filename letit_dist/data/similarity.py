@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,14 +38,16 @@ def difference_hash(pixels: Tensor) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "little")
 
 
-def bit_counts(values: np.ndarray) -> np.ndarray:
+def bit_counts(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """How many bits are set in each uint64; any shape."""
     if hasattr(np, "bitwise_count"):  # NumPy 2
         return np.bitwise_count(values)
     return _COUNTS[values[..., None].view(np.uint16)].sum(-1, dtype=np.uint8)
 
 
-def near_pairs(first: np.ndarray, second: np.ndarray, most: int = NEAR) -> Iterator[tuple[int, int]]:
+def near_pairs(
+    first: np.ndarray[Any, Any], second: np.ndarray[Any, Any], most: int = NEAR
+) -> Iterator[tuple[int, int]]:
     """(i, j) of all first[i], second[j] (uint64 (N,), (M,)) that differ in at most `most` bits, by j, then i."""
     for row in range(0, len(second), _ROWS):
         rows = second[row : row + _ROWS, None]
@@ -60,9 +63,9 @@ def near_pairs(first: np.ndarray, second: np.ndarray, most: int = NEAR) -> Itera
 class Pictures:
     """What is compared: samples whose images could be read, their digests and hashes (uint64 (N,))."""
 
-    samples: np.ndarray
-    digests: np.ndarray
-    hashes: np.ndarray
+    samples: np.ndarray[Any, Any]
+    digests: np.ndarray[Any, Any]
+    hashes: np.ndarray[Any, Any]
 
     @property
     def duplicates(self) -> int:

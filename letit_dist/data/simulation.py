@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from letit_dist.errors import UserError
 class Layout:
     """Samples of a data set: `sizes` (N,) in bytes, `shards` (N,) the number of the shard that holds each."""
 
-    sizes: np.ndarray
-    shards: np.ndarray
+    sizes: np.ndarray[Any, Any]
+    shards: np.ndarray[Any, Any]
 
     @classmethod
     def like(cls, samples: int, size: int, shards: int, *, spread: float = 0.3, seed: int = 0) -> Layout:

@@ -23,7 +23,7 @@ class Item:
     """One image to pack: its encoded bytes, or pixels (uint8 (H, W, 3))."""
 
     key: str
-    content: bytes | np.ndarray
+    content: bytes | np.ndarray[Any, Any]
     metadata: dict[str, Any]
 
 

@@ -109,7 +109,7 @@ def sample_factors(style: str, seed: int, index: int) -> FruitFactors:
     return FruitFactors(style, content, {name: float(draw()) for name in LOOK_FACTORS[style]})
 
 
-def fruit(style: str, seed: int, index: int, resolution: int) -> tuple[np.ndarray, FruitFactors]:
+def fruit(style: str, seed: int, index: int, resolution: int) -> tuple[np.ndarray[Any, Any], FruitFactors]:
     """Picture `index` of the stream `(style, seed)`, as `render` gives it, and its factors."""
     factors = sample_factors(style, seed, index)
     return render(factors, resolution), factors
@@ -125,7 +125,7 @@ def placement(content: Mapping[str, float]) -> tuple[float, float, float]:
     return x, y, mix(0.20, 0.34, content["size"])
 
 
-def render(factors: FruitFactors, resolution: int) -> np.ndarray:
+def render(factors: FruitFactors, resolution: int) -> np.ndarray[Any, Any]:
     """Draw the factors: uint8 sRGB of shape (resolution, resolution, 3), the same bytes every time.
 
     Any whole resolution from 32 to 1024 shows the same picture, only sharper; otherwise ValueError.

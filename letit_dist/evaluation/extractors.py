@@ -42,7 +42,7 @@ RESIZES = {
 def _clean(pixels: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> (B, 3, 299, 299), each channel resized as floats by Pillow and clipped to 0..255."""
 
-    def resized(channel: np.ndarray) -> np.ndarray:
+    def resized(channel: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         image = Image.fromarray(channel.astype(np.float32))
         return np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)).clip(0, 255)
 
