@@ -389,3 +389,47 @@ def test_a_file_that_changes_on_a_web_server(server, cache):
         dataset.read(14)
     shutil.rmtree(cache.folder / dataset.indexes[0].paths[0].name)  # as the message says
     assert dataset.json(14) == {"n": 14}
+
+
+@pytest.fixture(scope="module")
+def bucket(shards):
+    """s3://bucket/set holds them, on a server of the S3 protocol in this process."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    known = {"AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}
+    known |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in known.items():
+            patch.setenv(name, value)
+        filesystem = fsspec.filesystem("s3")
+        filesystem.mkdir("bucket")
+        filesystem.put(f"{shards}/", "bucket/set/", recursive=True)
+        yield filesystem, "s3://bucket/set"
+    server.stop()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bucket(bucket, shards, cache, workers):
+    _, url = bucket
+    equal(ShardDataset([url], cache=cache), ShardDataset([shards]))
+    shutil.rmtree(cache.folder)
+    local, far = (
+        iter(ImageStream(ShardDataset([path], cache=cache), seed=3, batch=8, workers=workers)) for path in (shards, url)
+    )
+    for _ in range(6):
+        assert torch.equal(next(local).pixels, next(far).pixels)
+
+
+def test_an_object_that_changed_is_refused(bucket, cache, tmp_path):
+    filesystem, _ = bucket
+    filesystem.put(f"{write(tmp_path / 'one')}/", "bucket/changing/", recursive=True)
+    dataset = ShardDataset(["s3://bucket/changing"], cache=cache)
+    dataset.read(0)
+    other = write(tmp_path / "two", seed=1)
+    filesystem.put(str(other / "shard-00000.tar"), "bucket/changing/shard-00000.tar")
+    with pytest.raises(UserError, match=r"s3://bucket/changing/shard-00000\.tar"):
+        for sample in range(15):
+            dataset.read(sample)
+    with pytest.raises(UserError, match=r"s3://bucket/none/index\.json: the server has no such file"):
+        ShardDataset(["s3://bucket/none"], cache=cache)
