@@ -17,13 +17,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from speed import alae, beta_vae, data, decode, energy, ranks, save, translate, vqvae2
+from speed import alae, beta_vae, data, decode, energy, ranks, save, startup, translate, vqvae2
 from speed.arguments import at_least_one
 
 from letit_dist.errors import UserError, reports_errors
 
 # name -> module with options(parser), and matches(args), a generator of its matches and facts
-_MODULES = (alae, vqvae2, beta_vae, energy, decode, translate, data, ranks, save)
+_MODULES = (alae, vqvae2, beta_vae, energy, decode, translate, data, ranks, save, startup)
 BENCHMARKS = {module.__name__.removeprefix("speed."): module for module in _MODULES}
 
 

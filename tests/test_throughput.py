@@ -321,7 +321,7 @@ def test_other_bad_arguments(tmp_path):
 def test_help_names_every_benchmark():
     done = run(THROUGHPUT, "--help")
     assert done.code == 0
-    for name in ("alae", "data", "energy", "vqvae2", "ranks", "save"):
+    for name in ("alae", "vqvae2", "beta_vae", "energy", "decode", "translate", "data", "ranks", "save", "startup"):
         assert re.search(rf"^ +{name} +\w", done.out, re.MULTILINE), name
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,24 +15,30 @@ from torch import Tensor
 
 from letit_dist.errors import UserError
 
-# torchvision 0.29 announces that its decoders will go one day; Pillow alone reads everything too, at about
-# 60 % of the speed.
-decode_jpeg: Callable[..., Tensor] | None
-try:
-    from torchvision.io import ImageReadMode, decode_png, decode_webp
-
-    # Without the function around it, which warns of that at every call: a tenth of the time of a small image.
-    decode_jpeg = torch.ops.image.decode_jpeg
-except (ImportError, AttributeError):
-    decode_jpeg = None
-
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 FORMATS = ("png", "jpeg", "webp")
 FILTERS = ("box", "lanczos")
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
 class UnreadableImage(Exception):
     """These bytes are not one image; the message is the reason."""
+
+
+@functools.cache
+def fast_decoders() -> ModuleType | None:
+    """torchvision's decoders, or None where they are not there: Pillow reads everything too, at 60 % of the speed.
+
+    Loaded for the first picture, because torchvision brings torch's compiler with it: a third of the time in which a
+    program starts that reads none. (torchvision 0.29 announces that its decoders will go one day.)
+    """
+    try:
+        from torchvision import io as decoders
+
+        torch.ops.image.decode_jpeg  # noqa: B018
+    except (ImportError, AttributeError):
+        return None
+    return decoders
 
 
 def decode(data: bytes, notes: list[str] | None = None, *, trusted: bool = False) -> Tensor:
@@ -46,7 +53,7 @@ def decode(data: bytes, notes: list[str] | None = None, *, trusted: bool = False
     if not data:
         raise UnreadableImage("empty file")
     notes = [] if notes is None else notes
-    pixels = _fast(data, notes, trusted) if decode_jpeg is not None else None
+    pixels = _fast(data, notes, trusted) if fast_decoders() else None
     return _pillow(data, notes) if pixels is None else pixels
 
 
@@ -77,9 +84,10 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def _jpeg(data: bytes) -> Tensor | None:
-    if decode_jpeg is None or ((frame := _jpeg_frame(data)) and frame[0] == 4):
+    if (frame := _jpeg_frame(data)) and frame[0] == 4:
         return None  # CMYK: Pillow knows Adobe's inverted inks
-    return decode_jpeg(_bytes(data), ImageReadMode.RGB.value, True)  # True: upright, as EXIF says
+    # Without torchvision's function around it, which warns at every call: a tenth of the time of a small image.
+    return torch.ops.image.decode_jpeg(_bytes(data), _RGB, True)  # True: upright, as EXIF says
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
@@ -127,7 +135,7 @@ def _png(data: bytes, trusted: bool) -> Tensor | None:
     depth, colour = data[24:26].ljust(2, b"\0")
     simple = depth == 8 and colour in (0, 2) and not chunks - {b"IHDR", b"IDAT", b"IEND"}
     if simple and whole and at == len(data):
-        return decode_png(_bytes(data), mode=ImageReadMode.RGB)
+        return fast_decoders().decode_png(_bytes(data), mode=fast_decoders().ImageReadMode.RGB)
     return None
 
 
@@ -137,7 +145,7 @@ def _webp(data: bytes, notes: list[str]) -> Tensor | None:
         raise UnreadableImage("animated WebP")
     if flags & 0x08:
         return None  # has EXIF, perhaps an orientation, which torchvision does not apply here
-    pixels = decode_webp(_bytes(data))
+    pixels = fast_decoders().decode_webp(_bytes(data))
     return _over_white(pixels, notes) if len(pixels) == 4 else pixels
 
 

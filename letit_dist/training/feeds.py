@@ -13,7 +13,7 @@ from letit_dist.data.foreign import ForeignStream, is_foreign
 from letit_dist.data.latents import LatentPairs, LatentSet, PairBatch, pairs_of
 from letit_dist.data.reader import ImageStream, ShardDataset, open_stream
 from letit_dist.data.remote import BlockCache, is_url
-from letit_dist.data.transforms import UnreadableImage, to_images
+from letit_dist.data.transforms import UnreadableImage, fast_decoders, to_images
 from letit_dist.errors import UserError
 from letit_dist.memory import GIB
 from letit_dist.recipes.base import Batch
@@ -51,6 +51,7 @@ class ImageFeed:
             self._cache = BlockCache(config.cache, int(config.cache_gib * GIB))
         elif config.cache is not None:
             raise UserError("data.cache has no effect where nothing in data.train is on a server: leave it out")
+        fast_decoders()  # here, and not once in each loader process
         self.foreign = any(is_foreign(path) for path in config.train)
         self.dataset: ShardDataset | None = None
         if not self.foreign:
