@@ -61,10 +61,12 @@ def seconds_of(
 
 def _run(command: list[str], until: str | None) -> Took:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    begun, passed, lines = time.perf_counter(), None, []
+    begun, lines = time.perf_counter(), []
+    passed: float | None = None
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as process:
+    out, err = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err, text=True) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
             if passed is None and until is not None and re.search(until, line):

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from speed.arguments import without_effect
+from speed.arguments import Rows, without_effect
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +19,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--help-only", action="store_true", help="without the debug runs")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Rows:
     """Every program, then the debug runs."""
     without_effect(args, "bf16", "compile", "plain", "flops")
     from letit_dist.evaluation.benchmark import Fact

@@ -134,8 +134,8 @@ def _png(data: bytes, trusted: bool) -> Tensor | None:
         at = end + 4
     depth, colour = data[24:26].ljust(2, b"\0")
     simple = depth == 8 and colour in (0, 2) and not chunks - {b"IHDR", b"IDAT", b"IEND"}
-    if simple and whole and at == len(data):
-        return fast_decoders().decode_png(_bytes(data), mode=fast_decoders().ImageReadMode.RGB)
+    if simple and whole and at == len(data) and (decoders := fast_decoders()) is not None:
+        return decoders.decode_png(_bytes(data), mode=decoders.ImageReadMode.RGB)
     return None
 
 
@@ -143,9 +143,10 @@ def _webp(data: bytes, notes: list[str]) -> Tensor | None:
     flags = int.from_bytes(data[20:21], "big") if data[12:16] == b"VP8X" else 0
     if flags & 0x02:
         raise UnreadableImage("animated WebP")
-    if flags & 0x08:
+    decoders = fast_decoders()
+    if decoders is None or flags & 0x08:
         return None  # has EXIF, perhaps an orientation, which torchvision does not apply here
-    pixels = fast_decoders().decode_webp(_bytes(data))
+    pixels = decoders.decode_webp(_bytes(data))
     return _over_white(pixels, notes) if len(pixels) == 4 else pixels
 
 
