@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+from browser import browser  # noqa: F401, a fixture
 
 ROOT = Path(__file__).parent.parent
 
