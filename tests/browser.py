@@ -70,9 +70,9 @@ class Browser:
         assert not complaints, complaints
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A Browser; its tests are skipped where there is none. One for a file: playwright takes a while to start."""
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """The Browser; the test that asks for it is skipped where there is none."""
     chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
     if chromium is None:
         pytest.skip(f"no browser: none of {', '.join(_NAMES)} is here (apt-get install chromium), nor is $CHROMIUM set")

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from browser import screenshot
 from PIL import Image
-from programs import ROOT, run, shared_chain
+from programs import ROOT, run
 
 from letit_dist.evaluation.curves import chart, compact, ticks
 from letit_dist.evaluation.run_folder import read_run
@@ -68,11 +68,6 @@ def assert_self_contained(text):
             assert start == f"data:image/{picture.format.lower()};base64"
             assert picture.size == (int(image["width"]), int(image["height"])) and image["alt"]
     return page
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return shared_chain(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

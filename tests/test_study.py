@@ -208,16 +208,21 @@ def test_votes_become_a_file(browser, folders, tmp_path):
 
 
 def test_what_a_rater_sees(browser, folders, tmp_path):
-    (tmp_path / "study.html").write_text(made(folders)[0])
+    """The first trial of the question that shows the source: every picture is where it says, in its own colour."""
+    text, key = made(folders)
+    (tmp_path / "study.html").write_text(text)
     with browser.open(tmp_path / "study.html", tmp_path / "profile", (900, 700)) as page:
         begin(page, "x")
         press(page, *"1" * 6)
-        picture = screenshot(page)
-    assert picture.size == (900, 700) and picture.getpixel((2, 690)) == (255, 255, 255)
-    colours = {picture.getpixel((x, y)) for x in range(0, 900, 4) for y in range(0, 500, 4)}
-    for wanted in COLOURS.values():  # source and methods, all at once
-        assert any(all((value > 60) == bool(w) for value, w in zip(c, wanted, strict=True)) and max(c) < 250
-                   and min(c) in (range(60, 250) if all(wanted) else range(30)) for c in colours)  # fmt: skip
+        pictures = [page.locator("#source img"), *page.locator("#choices img").all()]
+        boxes = [picture.bounding_box() for picture in pictures]
+        seen = screenshot(page)
+    assert seen.size == (900, 700) and seen.getpixel((2, 690)) == (255, 255, 255)
+    trial = key["trials"][0]
+    brightness = 90 + 25 * NAMES.index(trial["image"])
+    for name, box in zip(["before", *trial["methods"]], boxes, strict=True):
+        found = seen.getpixel((int(box["x"] + box["width"] / 2), int(box["y"] + box["height"] / 2)))
+        assert found == pytest.approx([brightness * part for part in COLOURS[name]], abs=8), name  # JPEG's rounding
 
 
 # Votes
