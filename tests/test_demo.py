@@ -132,7 +132,7 @@ def test_the_page_in_a_real_browser(browser, served, folder, tmp_path):
         page.mouse.move(box["x"], height)
         page.mouse.up()
         assert slider.input_value() == "0"
-        page.wait_for_function(f"{SOURCES}[2] != {before[2]!r}")
+        page.wait_for_function(f"{SOURCES}.length == 4 && {SOURCES}[2] != {before[2]!r}")
         after = page.evaluate(SOURCES)
         assert after[3] == before[3], "the chain was not walked again"
         one = demo.open_all([str(folder / "both")])["cat to dog"]
