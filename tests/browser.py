@@ -1,105 +1,86 @@
-"""A real browser without a window: Chromium, steered over a pair of pipes by its own protocol."""
+"""Pages in a real browser without a window: the Chromium that is installed, steered by playwright."""
 
 from __future__ import annotations
 
-import base64
-import json
+import io
 import os
-import select
 import shutil
-import subprocess
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page, Playwright
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",  # it has none for root
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    # Whatever else it wants to look up: there is no such address.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+)
+_MINUTE = 60_000  # in playwright's milliseconds
 
 
 class Browser:
-    """`with Browser(folder) as browser: browser.open(address)`; its profile lies in `folder`."""
+    """`with browser.open(address, profile) as page:`, page being playwright's own."""
 
-    def __init__(self, folder: Path, size: tuple[int, int] = (1300, 1000)):
-        out_read, self._write = os.pipe()
-        self._read, in_write = os.pipe()
-        flags = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={folder}",
-        ]
-        flags += ["--disable-dev-shm-usage", "--window-size={},{}".format(*size), "about:blank"]
-        # Chromium reads commands from descriptor 3 and answers on 4; below 10 the two might be each other's target.
-        high = [os.dup2(fd, number) for fd, number in ((out_read, 203), (in_write, 204))]
-        shell = 'exec "$0" "$@" 3<&203 4>&204'
-        self._process = subprocess.Popen(
-            ["bash", "-c", shell, CHROMIUM, *flags], pass_fds=high, stderr=subprocess.DEVNULL, start_new_session=True
+    def __init__(self, playwright: Playwright, chromium: str):
+        self._playwright, self._chromium = playwright, chromium
+
+    @contextmanager
+    def open(self, address: str | Path, profile: Path, size: tuple[int, int] = (1300, 1000)) -> Iterator[Page]:
+        """A page in a window of `size` pixels, closed at the end; what it stores stays in the folder `profile`.
+
+        A path is a page that carries all it needs: the test fails where a script of the page does, and where the page
+        asks for anything else.
+        """
+        context = self._playwright.chromium.launch_persistent_context(
+            profile,
+            executable_path=self._chromium,
+            args=_FLAGS,
+            viewport={"width": size[0], "height": size[1]},
+            timeout=2 * _MINUTE,
         )
-        for fd in (out_read, in_write, *high):
-            os.close(fd)
-        self._buffer, self._number, self._session = b"", 0, None
+        context.set_default_timeout(_MINUTE)
+        complaints: list[str] = []
+        try:
+            page = context.pages[0]
+            if isinstance(address, Path):
+                address = address.resolve().as_uri()
+                own = (address, "data:", "blob:")
+                page.on("request", lambda request: request.url.startswith(own) or complaints.append(request.url))
+                # What the page's own policy has kept it from is written down there.
+                page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
+                page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.goto(address)
+            yield page
+        finally:
+            context.close()
+        assert not complaints, complaints
 
-    def __enter__(self) -> Browser:
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.call("Page.enable")
-        self.call("DOM.enable")
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._write)
-        os.close(self._read)
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """The Browser; the test that asks for it is skipped where there is none."""
+    chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
+    if chromium is None:
+        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is here (apt-get install chromium), nor is $CHROMIUM set")
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright to steer a browser: pip install playwright")
+    with api.sync_playwright() as playwright:
+        yield Browser(playwright, chromium)
 
-    def call(self, method: str, timeout: float = 60, **params: Any) -> dict[str, Any]:
-        """One command of the protocol, and its result."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        end = time.monotonic() + timeout
-        while True:
-            found = self._message(end - time.monotonic())
-            if found.get("id") == self._number:
-                assert "error" not in found, f"{method}: {found['error']}"
-                return found["result"]
 
-    def _message(self, timeout: float) -> dict[str, Any]:
-        while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._read], [], [], max(0.0, timeout))
-            assert ready, "the browser does not answer"
-            part = os.read(self._read, 1 << 16)
-            assert part, "the browser has ended"
-            self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(line)
-
-    def open(self, address: str) -> None:
-        """Go to a page."""
-        self.call("Page.navigate", url=address)
-
-    def evaluate(self, script: str) -> Any:
-        """The value of a JavaScript expression."""
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
-
-    def wait(self, script: str, timeout: float = 60) -> Any:
-        """The value of an expression once it is true."""
-        end = time.monotonic() + timeout
-        while not (value := self.evaluate(script)):
-            assert time.monotonic() < end, f"never true: {script}"
-            time.sleep(0.2)
-        return value
-
-    def give_file(self, selector: str, path: Path) -> None:
-        """Put a file into an input of type file, as dropping it there does."""
-        root = self.call("DOM.getDocument")["root"]["nodeId"]
-        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
-
-    def screenshot(self, path: Path) -> None:
-        """What the window would show, as a PNG."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+def screenshot(page: Page) -> Image.Image:
+    """What the window shows, RGB."""
+    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,96 @@ def fruit_latents(tmp_path_factory, fruit_shards) -> Path:
             tiny_autoencoder(), ShardDataset([fruit_shards / style / "train"]), folder / style, EncodeOptions()
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """The one `programs.Chain` of this session. Read it only."""
+    from programs import shared_chain
+
+    return shared_chain(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory) -> Path:
+    """Another autoencoder with the shapes of the chain's."""
+    from refusals import save_stranger
+
+    return save_stranger(tmp_path_factory.mktemp("stranger") / "autoencoder")
+
+
+@pytest.fixture
+def refused(chain):
+    """`refused(program, *arguments)`: its error lines, having seen that it left every file of the chain as it was."""
+    from refusals import refusal
+
+    return partial(refusal, chain.root)
+
+
+@pytest.fixture(scope="session")
+def fruit64(tmp_path_factory):
+    """{train: [apples, oranges], test, pairs} at 64 pixels, with their factors."""
+    from fruit_judge import draw_fruit
+
+    return draw_fruit(tmp_path_factory.mktemp("fruit64"))
+
+
+@pytest.fixture(scope="session")
+def fruit64_images(fruit64):
+    """Images of its test and pairs."""
+    from letit_dist.data.transforms import to_images
+    from letit_dist.evaluation.attributes import read_pixels
+
+    return {name: to_images(read_pixels(fruit64[name])) for name in ("test", "pairs")}
+
+
+@pytest.fixture(scope="session")
+def examples(fruit64):
+    """What the judge learns from."""
+    from letit_dist.evaluation.attributes import read_examples
+
+    return read_examples(*fruit64["train"])
+
+
+@pytest.fixture(scope="session")
+def judge(examples):
+    """A judge of domain and factors that has learnt them."""
+    from letit_dist.evaluation.attributes import train_judge
+
+    return train_judge(examples, steps=80, batch=32)
+
+
+@pytest.fixture(scope="session")
+def inception():
+    """The first layers of the Inception with random weights."""
+    from small_inception import open_small
+
+    return open_small()
+
+
+@pytest.fixture(scope="session")
+def inception_file(inception, tmp_path_factory) -> Path:
+    """A file in the published one's format, random inside."""
+    from small_inception import save_weights
+
+    return save_weights(inception, tmp_path_factory.mktemp("weights") / "net.pth")
+
+
+@pytest.fixture
+def known_weights(inception_file, tmp_path, monkeypatch) -> Path:
+    """A weights folder in which that file is the right one."""
+    from small_inception import take_for_published
+
+    return take_for_published(inception_file, tmp_path / "weights", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A `browser.Browser`: one for a test file, since it takes a while to start."""
+    from browser import open_browser
+
+    with open_browser() as found:
+        yield found
 
 
 @pytest.fixture

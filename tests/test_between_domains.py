@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from programs import ROOT, STYLES, TINY_ENERGY, files, run, shared_chain
+from programs import ROOT, STYLES, TINY_ENERGY, files, run
 
 from letit_dist.autoencoders.base import load_autoencoder
 from letit_dist.data.reader import ShardDataset
@@ -11,11 +11,6 @@ from letit_dist.data.transforms import decode, to_images, to_pixels
 from letit_dist.energy.models import load_energy
 from letit_dist.energy.translate import open_translator
 from letit_dist.pretrained import find_folder
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return shared_chain(tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=["target", "pair"])

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from browser import screenshot
 from figure_runs import make_runs, opened
 from PIL import Image
 from programs import run
@@ -193,6 +194,31 @@ def test_names_are_text_and_never_markup():
     assert len(page.all("script")) == 1 and page.texts.count(nasty) == 4  # two titles, the picture, the option
     assert f"{nasty}, {nasty}" in images_of(page)
     assert page.all("option")[1]["value"] == nasty
+
+
+def test_a_real_browser_wipes_between_them(browser, tmp_path):
+    rows = {name: [torch.zeros(3, 32, 32, dtype=torch.uint8) for _ in "xy"] for name in ("source", "cut", "ours")}
+    for channel, images in enumerate(rows.values()):
+        for image in images:
+            image[channel] = 200
+    (tmp_path / "page.html").write_text(comparison_page("a title", ["x", "y"], rows))
+    with browser.open(tmp_path / "page.html", tmp_path / "profile") as page:
+        boxes = [wipe.bounding_box() for wipe in page.locator(".wipe").all()]
+
+        def colours(number):
+            """Which channel is bright at 10, 40, 60 and 90 % of a picture's width."""
+            seen, box = screenshot(page), boxes[number]
+            points = [(box["x"] + part * box["width"], box["y"] + box["height"] / 2) for part in (0.1, 0.4, 0.6, 0.9)]
+            return [[value > 190 for value in seen.getpixel(tuple(map(int, point)))].index(True) for point in points]
+
+        assert colours(0) == colours(1) == [0, 0, 2, 2]
+        page.fill("#slider-0", "25")
+        assert colours(0) == [0, 2, 2, 2] and colours(1) == [0, 0, 2, 2]
+        page.press("#slider-1", "End")
+        assert colours(1) == [0, 0, 0, 0]
+        page.select_option("#method-0", "cut")
+        assert colours(0) == [0, 1, 1, 1]
+        assert page.get_attribute("#slider-0", "aria-valuetext") == "25 % source, 75 % cut"
 
 
 # The command

@@ -7,12 +7,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, Browser
+from browser import screenshot
 from PIL import Image
 from programs import ROOT
 from test_hub import translator
@@ -116,22 +115,25 @@ def served(folder):
 SOURCES = "[...document.querySelectorAll('img')].map(i => i.src).filter(s => s.includes('/file='))"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
-def test_the_page_in_a_real_browser(served, folder, tmp_path):
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(served)
-        browser.wait("document.querySelector('input[type=file]') !== null")
-        assert browser.evaluate(f"{SOURCES}.length") == 0
-        browser.give_file("input[type=file]", folder / "apple.png")
-        browser.wait(f"{SOURCES}.length == 4")
-        browser.wait("[...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0)")
-        before = browser.evaluate(SOURCES)
+def test_the_page_in_a_real_browser(browser, served, folder, tmp_path):
+    with browser.open(served, tmp_path / "profile") as page:
+        page.wait_for_selector("input[type=file]", state="attached")
+        assert page.evaluate(SOURCES) == []
+        page.set_input_files("input[type=file]", folder / "apple.png")
+        page.wait_for_function(f"{SOURCES}.length == 4")
+        page.wait_for_function("[...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0)")
+        before = page.evaluate(SOURCES)
         assert before[3].endswith(".gif")
-        drag = "(() => { const s = document.querySelector('input[type=range]'); s.value = 0; "
-        drag += "s.dispatchEvent(new Event('input', {bubbles: true})); return s.value; })()"
-        browser.evaluate(drag)
-        browser.wait(f"{SOURCES}[2] != {before[2]!r}")
-        after = browser.evaluate(SOURCES)
+        slider = page.locator("input[type=range]")
+        box = slider.bounding_box()
+        height = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + box["width"] - 2, height)
+        page.mouse.down()
+        page.mouse.move(box["x"], height)
+        page.mouse.up()
+        assert slider.input_value() == "0"
+        page.wait_for_function(f"{SOURCES}.length == 4 && {SOURCES}[2] != {before[2]!r}")
+        after = page.evaluate(SOURCES)
         assert after[3] == before[3], "the chain was not walked again"
         one = demo.open_all([str(folder / "both")])["cat to dog"]
         chain = demo.walk(one, Image.open(folder / "apple.png"))
@@ -139,7 +141,6 @@ def test_the_page_in_a_real_browser(served, folder, tmp_path):
             with urllib.request.urlopen(address) as answer, Image.open(answer) as shown:
                 small = np.asarray(shown.convert("RGB").resize((32, 32), 0)).astype(int)
             assert abs(small - np.asarray(chain.at(strength))).mean() < 4  # it may come as a lossy WebP
-        picture = Path(os.environ.get("LETIT_DEMO_SCREENSHOT", tmp_path / "demo.png"))
-        browser.screenshot(picture)
-        with Image.open(picture) as seen:
-            assert seen.width > 1000 and len(np.unique(np.asarray(seen.convert("L")))) > 50
+        seen = screenshot(page)
+    seen.save(os.environ.get("LETIT_DEMO_SCREENSHOT", tmp_path / "demo.png"))
+    assert seen.width > 1000 and len(np.unique(np.asarray(seen.convert("L")))) > 50

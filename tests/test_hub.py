@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_autoencoder
 from hub_server import Hub
 from PIL import Image
-from programs import ROOT, run, shared_chain
+from programs import ROOT, run
 
 import letit_dist
 from letit_dist import hub, pretrained
@@ -23,11 +23,6 @@ from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
 from letit_dist.energy.models import ConvEnergyConfig, build_energy
 from letit_dist.energy.translate import Translator
 from letit_dist.evaluation.translating import TranslateOptions, translate_all
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return shared_chain(tmp_path_factory)
 
 
 def translator(source: str | None = "cat", target: str | None = "dog", seed: int = 0) -> Translator:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from programs import ROOT, STYLES, files, run, shared_chain
+from programs import ROOT, STYLES, files, run
 
 from letit_dist.autoencoders.base import load_autoencoder
 from letit_dist.data.index import Index
@@ -43,11 +43,6 @@ PROGRAMS += [
     "shards/pack.py",
     "shards/check.py",
 ]
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return shared_chain(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

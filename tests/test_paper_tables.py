@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from programs import ROOT, run, shared_chain
+from programs import ROOT, run
 
 from letit_dist.config import load_config, parse_config
 from letit_dist.energy.translate import open_translator
@@ -60,11 +60,6 @@ checkpoint: the last
 comparable_with: nothing
 not_comparable: everything
 """
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return shared_chain(tmp_path_factory)
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import base64
 import csv
-import io
 import json
 import math
 import re
 
 import pytest
 import torch
-from pages import download, dump, screenshot, with_script
+from browser import screenshot
 from PIL import Image
 from programs import run
 
@@ -126,102 +125,104 @@ def test_what_cannot_be_made_is_told(folders, tmp_path):
 
 # The page's script, in a browser
 
-RATE = """
-const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-const log = [];
-const note = name => log.push([name, at("place").textContent, at("source").hidden, at("progress").value,
-  document.querySelectorAll("#choices [aria-pressed=true]").length, at("start").hidden, at("end").hidden]);
-const saved = [];
-URL.createObjectURL = blob => { blob.text().then(text => { saved.push(text); finish(); }); return "blob:x"; };
-HTMLAnchorElement.prototype.click = function () { saved.push(this.download); };
-const finish = () => { document.body.textContent = JSON.stringify({log, saved, wide: document.images.length}); };
-"""
-FIRST = """
-note("start");
-press("1");
-at("rater").value = 'Ann "A", x';
-at("start").requestSubmit();
-note("begun");
-press("2"); press("9"); press("x");
-document.dispatchEvent(new KeyboardEvent("keydown", {key: "1", repeat: true})); note("one");
-document.querySelectorAll("#choices button")[0].click(); note("two");
-press("Backspace"); note("back");
-press("3"); press("3"); press("1"); note("four");
-at("save").click();
-"""
-SECOND = """
-note("again");
-for (let step = 0; step < 20; step++) press(step % 2 ? "1" : "2");
-note("end");
-at("save").click();
-"""
+NOTE = """() => [at("place").textContent, at("source").hidden, at("progress").value,
+  document.querySelectorAll("#choices [aria-pressed=true]").length, at("start").hidden, at("end").hidden]"""
 
 
-def rate(page, script, profile):
-    text = dump(with_script(page, RATE + script), profile)
-    return json.loads(re.search(r"<body>(.*?)</body>", text, re.S).group(1).replace("&amp;", "&"))
+def press(page, *keys):
+    for key in keys:
+        page.keyboard.press(key)
 
 
-def test_a_real_browser_takes_votes_keeps_them_and_hands_them_out(folders, tmp_path):
-    page, key = made(folders)
+def begin(page, rater):
+    page.fill("#rater", rater)
+    page.click("#start button")
+
+
+def saved(page, folder):
+    """The file that the page hands out, in `folder`."""
+    with page.expect_download() as waiting:
+        page.click("#save")
+    path = folder / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    return path
+
+
+def test_a_real_browser_takes_votes_keeps_them_and_hands_them_out(browser, folders, tmp_path):
+    text, key = made(folders)
     path = tmp_path / "study.html"
-    path.write_text(page)
-    first = rate(path, FIRST, tmp_path / "profile")
-    assert first["log"] == [
+    path.write_text(text)
+    with browser.open(path, tmp_path / "profile") as page:
         # Nothing counts before there is a name.
-        ["start", "", False, 0, 0, False, True],
-        ["begun", "1 of 12", True, 0, 0, True, True],
-        ["one", "2 of 12", True, 1, 0, True, True],
-        ["two", "3 of 12", True, 2, 0, True, True],
-        ["back", "2 of 12", True, 2, 1, True, True],
-        ["four", "5 of 12", True, 4, 0, True, True],
-    ]
-    name, text = first["saved"]
-    assert name == f"votes-{key['study']}-Ann_A_x.csv"
-    rows = list(csv.DictReader(io.StringIO(text)))
+        press(page, "1")
+        assert page.evaluate(NOTE) == ["", False, 0, 0, False, True]
+        begin(page, 'Ann "A", x')
+        assert page.evaluate(NOTE) == ["1 of 12", True, 0, 0, True, True]
+        # A key that is held down is one vote; keys of no picture are none.
+        page.keyboard.down("2")
+        page.keyboard.down("2")
+        page.keyboard.up("2")
+        press(page, "9", "x")
+        assert page.evaluate(NOTE) == ["2 of 12", True, 1, 0, True, True]
+        page.click("#choices button >> nth=0")
+        assert page.evaluate(NOTE) == ["3 of 12", True, 2, 0, True, True]
+        press(page, "Backspace")
+        assert page.evaluate(NOTE) == ["2 of 12", True, 2, 1, True, True]
+        press(page, "3", "3", "1")
+        assert page.evaluate(NOTE) == ["5 of 12", True, 4, 0, True, True]
+        first = saved(page, tmp_path)
+    assert first.name == f"votes-{key['study']}-Ann_A_x.csv"
+    with first.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
     assert [(row["question"], row["trial"], row["position"]) for row in rows] == [
         *(("quality", str(trial), position) for trial, position in enumerate("1220")),
     ]
     assert {row["rater"] for row in rows} == {'Ann "A", x'} and all(float(row["seconds"]) >= 0 for row in rows)
     # Closed and opened again: it goes on where it stopped.
-    second = rate(path, SECOND, tmp_path / "profile")
-    assert second["log"] == [
-        ["again", "5 of 12", True, 4, 0, True, True],
-        ["end", "12 of 12", False, 12, 0, True, False],
-    ]
-    (tmp_path / "votes.csv").write_text(second["saved"][1])
-    votes = read_votes([tmp_path / "votes.csv"], key)
+    with browser.open(path, tmp_path / "profile") as page:
+        assert page.evaluate(NOTE) == ["5 of 12", True, 4, 0, True, True]
+        press(page, *"21" * 10)
+        assert page.evaluate(NOTE) == ["12 of 12", False, 12, 0, True, False]
+        votes = read_votes([saved(page, tmp_path)], key)
     assert len(votes) == 12 and [vote.question for vote in votes] == ["quality"] * 6 + ["faithfulness"] * 6
     positions = [1, 2, 2, 0, 1, 0, 1, 0, 1, 0, 1, 0]
     for vote, position in zip(votes, positions, strict=True):
         assert vote.method == key["trials"][vote.trial]["methods"][position]
     # Another study in the same browser begins anew.
     path.write_text(made(folders, seed=1)[0])
-    assert rate(path, 'note("other"); finish();', tmp_path / "profile")["log"][0][5] is False
+    with browser.open(path, tmp_path / "profile") as page:
+        assert page.evaluate(NOTE) == ["", False, 0, 0, False, True]
 
 
-def test_votes_become_a_file(folders, tmp_path):
+def test_votes_become_a_file(browser, folders, tmp_path):
     """The real download, through the page's own policy."""
-    page, key = made(folders)
-    (tmp_path / "study.html").write_text(page)
-    vote = 'at("rater").value = "Ann"; at("start").requestSubmit(); choose(1); choose(2); at("save").click();'
-    given = with_script(tmp_path / "study.html", vote)
-    [path] = download(given, tmp_path / "profile", tmp_path / "downloads")
+    text, key = made(folders)
+    (tmp_path / "study.html").write_text(text)
+    with browser.open(tmp_path / "study.html", tmp_path / "profile") as page:
+        begin(page, "Ann")
+        press(page, "2", "3")
+        path = saved(page, tmp_path)
     assert path.name == f"votes-{key['study']}-Ann.csv"
     votes = read_votes([path], key)
     assert [vote.method for vote in votes] == [key["trials"][i]["methods"][i + 1] for i in range(2)]
 
 
-def test_what_a_rater_sees(folders, tmp_path):
-    (tmp_path / "study.html").write_text(made(folders)[0])
-    begun = 'at("rater").value = "x"; at("start").requestSubmit();' + "choose(0);" * 6
-    page = with_script(tmp_path / "study.html", begun)
-    picture = screenshot(page, tmp_path / "profile", 900, 700)
-    assert picture.getpixel((2, 690)) == (255, 255, 255)
-    colours = {picture.getpixel((x, y)) for x in range(0, 900, 4) for y in range(0, 500, 4)}
-    for wanted in COLOURS.values():  # source and methods, all at once
-        assert any(all((value > 60) == bool(w) for value, w in zip(c, wanted, strict=True)) and max(c) < 250
-                   and min(c) in (range(60, 250) if all(wanted) else range(30)) for c in colours)  # fmt: skip
+def test_what_a_rater_sees(browser, folders, tmp_path):
+    """The first trial of the question that shows the source: every picture is where it says, in its own colour."""
+    text, key = made(folders)
+    (tmp_path / "study.html").write_text(text)
+    with browser.open(tmp_path / "study.html", tmp_path / "profile", (900, 700)) as page:
+        begin(page, "x")
+        press(page, *"1" * 6)
+        pictures = [page.locator("#source img"), *page.locator("#choices img").all()]
+        boxes = [picture.bounding_box() for picture in pictures]
+        seen = screenshot(page)
+    assert seen.size == (900, 700) and seen.getpixel((2, 690)) == (255, 255, 255)
+    trial = key["trials"][0]
+    brightness = 90 + 25 * NAMES.index(trial["image"])
+    for name, box in zip(["before", *trial["methods"]], boxes, strict=True):
+        found = seen.getpixel((int(box["x"] + box["width"] / 2), int(box["y"] + box["height"] / 2)))
+        assert found == pytest.approx([brightness * part for part in COLOURS[name]], abs=8), name  # JPEG's rounding
 
 
 # Votes

@@ -6,15 +6,10 @@ import os
 import shutil
 
 import pytest
-from programs import STYLES, run, shared_chain
+from programs import STYLES, run
 
 HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 needs_tensorboard = pytest.mark.skipif(not HAS_TENSORBOARD, reason="tensorboard is not installed")
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return shared_chain(tmp_path_factory)
 
 
 def train(chain, folder, *more):

@@ -10,17 +10,9 @@ from string import Template
 from torch import Tensor
 
 from letit_dist.data.transforms import encode
+from letit_dist.evaluation.web_page import page
 
-# The policy lets the page show what it carries and nothing else: whoever gets the file can open it without a thought.
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>$title</title>
-<style>
+_STYLE = Template("""
 :root { color-scheme: light dark; font: 1.05rem/1.5 system-ui, sans-serif; }
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; }
 h1 { font-size: 1.3rem; }
@@ -37,16 +29,17 @@ label { display: block; }
 input[type=range] { width: 100%; margin: 0; height: 2.75rem; accent-color: #0072b2; }
 select { font: inherit; min-height: 2.75rem; max-width: 100%; }
 :focus-visible { outline: 3px solid #e69f00; outline-offset: 2px; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
+""")
+
+_BODY = Template("""
 <p>Each picture shows the source on the left of the line and the chosen method on the right. Move the line with the
 slider: by touch, by mouse, or with the arrow keys.</p>
 <noscript><p>Without scripts the line stays in the middle.</p></noscript>
 <main>
 $figures</main>
-<script>
+""")
+
+_SCRIPT = """
 for (const section of document.querySelectorAll("section")) {
   const slider = section.querySelector("input"), choice = section.querySelector("select");
   const wipe = section.querySelector(".wipe"), right = section.querySelector(".right");
@@ -61,10 +54,7 @@ for (const section of document.querySelectorAll("section")) {
   choice.addEventListener("input", show);
   show();
 }
-</script>
-</body>
-</html>
-""")
+"""
 
 _FIGURE = Template("""<section aria-labelledby="name-$number">
 <h2 id="name-$number">$name</h2>
@@ -103,13 +93,12 @@ def comparison_page(
                 options="".join(options),
             )
         )
-    return _PAGE.substitute(
-        title=escape(title),
-        figures="".join(figures),
+    style = _STYLE.substitute(
         # Small pictures are enlarged with their pixels in sight, as in the sheet.
         pixelated="image-rendering: pixelated; " if side < 256 else "",
         column=f"{min(max(side, 320), 1024)}px",
     )
+    return page(title, style, _BODY.substitute(figures="".join(figures)), _SCRIPT)
 
 
 def _image(pixels: Tensor, method: str, name: str, kind: str, *, hidden: bool = False) -> str:

@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from PIL import Image
 
 from letit_dist.evaluation.curves import STYLE, chart
 from letit_dist.evaluation.run_folder import RunFolder
+from letit_dist.evaluation.web_page import page
 
 _MOST_BYTES = 3 << 20  # of a picture as it is; a larger one is shown smaller
 _MOST_WIDTH = 1800
@@ -26,15 +26,7 @@ _MOST_COLUMNS = 9  # more are turned into rows where there are few rows
 _MOST_ENTRIES = 24  # of a list
 _TYPES = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp", "GIF": "gif"}
 
-# The policy lets the page show what it carries and nothing else; it has no script.
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>
+_STYLE = """
 :root { color-scheme: light; font: 1rem/1.5 system-ui, sans-serif; color: #161616; background: #fff; }
 body { margin: 0 auto; padding: 1rem 1.5rem 4rem; max-width: 78rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0 0; overflow-wrap: anywhere; }
@@ -56,19 +48,7 @@ td.number { text-align: right; white-space: nowrap; }
 th.number { text-align: right; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
 .invalid { border-left: 4px solid #b33c00; padding-left: .6rem; font-weight: 600; }
-$style
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p>$what</p>
-<nav aria-label="Sections">$links</nav>
-<main>
-$sections
-</main>
-</body>
-</html>
-""")
+"""
 
 
 def run_page(run: RunFolder) -> str:
@@ -95,16 +75,12 @@ def run_page(run: RunFolder) -> str:
         listed = "".join(f"<li>{escape(line)}</li>" for line in absent)
         sections["Not in this report"] = f"<ul>{listed}</ul>"
     ids = {name: name.lower().replace(" ", "-") for name in sections}
-    body = "\n".join(
+    shown = "\n".join(
         f'<section id="{ids[name]}"><h2>{escape(name)}</h2>\n{text}</section>' for name, text in sections.items()
     )
-    return _PAGE.substitute(
-        title=escape(run.folder.resolve().name),
-        what=escape(run.title),
-        links="\n".join(f'<a href="#{ids[name]}">{escape(name)}</a>' for name in sections),
-        sections=body,
-        style=STYLE,
-    )
+    links = "\n".join(f'<a href="#{ids[name]}">{escape(name)}</a>' for name in sections)
+    body = f'<p>{escape(run.title)}</p>\n<nav aria-label="Sections">{links}</nav>\n<main>\n{shown}\n</main>\n'
+    return page(run.folder.resolve().name, _STYLE + STYLE, body)
 
 
 def _where(path: Path, folder: Path) -> str:

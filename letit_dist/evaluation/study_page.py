@@ -7,16 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from string import Template
 
-# The policy lets the page show what it carries and nothing else: votes leave it as a file that the rater sends.
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>$title</title>
-<style>
+from letit_dist.evaluation.web_page import page
+
+_STYLE = Template("""
 :root { color-scheme: light; font: 1.05rem/1.5 system-ui, sans-serif; color: #161616; background: #fff; }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; }
 h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
@@ -33,10 +26,9 @@ button, input { min-height: 2.75rem; padding: .3rem 1rem; box-sizing: border-box
 progress { width: 100%; height: 1rem; accent-color: #0072b2; }
 :focus-visible { outline: 3px solid #e69f00; outline-offset: 2px; }
 [hidden] { display: none !important; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
+""")
+
+_BODY = Template("""
 <noscript><p>This page needs scripts: they show the pictures and keep your votes, here in your browser.</p></noscript>
 <form id="start">
 <p>$introduction</p>
@@ -57,7 +49,10 @@ progress { width: 100%; height: 1rem; accent-color: #0072b2; }
 <p id="tools" hidden><button id="save" type="button">Save votes as a file</button></p>
 <p id="warning" role="alert" hidden></p>
 <script id="study" type="application/json">$data</script>
-<script>
+""")
+
+# Votes leave the page as a file that the rater sends.
+_SCRIPT = """
 "use strict";
 const study = JSON.parse(document.getElementById("study").textContent);
 const at = id => document.getElementById(id);
@@ -150,10 +145,7 @@ document.addEventListener("keydown", event => {
 recall();
 current = firstOpen();
 show();
-</script>
-</body>
-</html>
-""")
+"""
 
 
 def study_page(
@@ -168,9 +160,8 @@ def study_page(
     """HTML with `questions` (name, text, and whether the source is shown) about each of `trials` (source and pictures
     as data URIs, `side` pixels wide). All of one question come before the next one."""
     data = json.dumps({"id": identity, "questions": list(questions), "trials": list(trials)})
-    return _PAGE.substitute(
-        title=escape(title),
+    body = _BODY.substitute(
         introduction=escape(introduction),
-        side=f"{side}px",
         data=data.replace("<", "\\u003c"),  # or text could end the script element
     )
+    return page(title, _STYLE.substitute(side=f"{side}px"), body, _SCRIPT)
