@@ -39,5 +39,5 @@ def matches(args: argparse.Namespace) -> Iterator:
                 agree = listed(sides.compare())
             sides.prepare("bf16" if args.bf16 else "fp32", args.compile, plain=args.plain)
             naive = Side(sides.run_naive, sides.naive.held)
-            ours = Side(sides.run_ours, sides.held)
+            ours = Side(sides.run_ours, translator.autoencoder.state_dict().values)
             yield Match(f"{kind}, {resolution} pixels", naive, ours, lambda agree=agree: agree, images=args.batch)
