@@ -1,5 +1,6 @@
 """The published iteration against the trainer's; the harness on fake clocks; its report; eval/throughput.py."""
 
+import argparse
 import gc
 import re
 import sys
@@ -21,6 +22,8 @@ from letit_dist.evaluation.benchmark import (
     machine,
     measure,
     memory,
+    operations,
+    peak_rate,
     quartiles,
 )
 
@@ -212,6 +215,41 @@ def test_memory_is_what_is_held_and_what_a_run_adds():
     assert memory(side, "cpu") == 4 * (1000 + 2000 + 2000)
 
 
+def test_operations_are_counted_by_hand():
+    images, kernel, columns = torch.randn(2, 3, 16, 16), torch.nn.Conv2d(3, 8, 3, padding=1), torch.randn(5, 7)
+    convolution = 2 * (2 * 16 * 16) * 8 * (3 * 9)
+    assert operations(lambda: kernel(images)) == convolution
+    assert operations(lambda: torch.randn(4, 5) @ columns + 1) == 2 * 4 * 5 * 7
+    images.requires_grad_()
+    # Forward, and backward to the images and to the weights.
+    assert operations(lambda: kernel(images).sum().backward()) == 3 * convolution
+
+    def penalty():
+        (gradient,) = torch.autograd.grad(kernel(images).square().sum(), images, create_graph=True)
+        gradient.square().sum().backward()
+
+    assert operations(penalty) >= 4 * convolution
+    compiled = torch.compile(lambda: kernel(images.detach()), backend="eager")
+    compiled()
+    assert operations(compiled) == convolution
+
+
+def test_operations_a_second_and_the_share_of_the_peak():
+    result = Result("x", ((3.0, 2.0),), None, "equal", images=4, operations=8 * 10**9, peak=1e12)
+    row = result.row()
+    assert (row["GFLOP an image"], row["ours, GFLOP/s"], row["of the peak"]) == ("2", "4", "0.4%")
+    row = Result("x", ((3.0, 2.0),), None, "equal", operations=8 * 10**9).row()
+    assert (row["GFLOP an iteration"], row["of the peak"]) == ("8", None)
+    assert "ours, GFLOP/s" not in Result("x", ((3.0, 2.0),), None, "equal").row()
+    assert peak_rate("cpu") is None
+
+
+def test_the_peak_goes_by_the_name(monkeypatch):
+    for name, rate in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("Tesla T4", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_rate("cuda") == rate
+
+
 def test_nothing_is_timed_where_the_results_differ():
     ran = []
     side = Side(lambda: ran.append(1))
@@ -318,10 +356,53 @@ def test_other_bad_arguments(tmp_path):
         assert done.code == 2 and done.errors == ["error: --device cuda: torch sees no GPU here"]
 
 
+def test_the_table_for_a_gpu_on_a_cpu(tmp_path):
+    parts = ("vqvae2", "alae", "energy", "decode")
+    done = run(THROUGHPUT, "all", "--tiny", "--only", *parts, "--repeats", 1, "--out", tmp_path)
+    assert done.code == 0, done.err
+    header, _, *rows = (line.split("|")[1:-1] for line in done.out.splitlines() if line.startswith("| "))
+    columns = [cell.strip() for cell in header]
+    assert {"naive, images/s", "ours, images/s", "naive, MiB", "ours, MiB", "GFLOP an image"} <= set(columns)
+    assert {"ours, GFLOP/s", "of the peak"} <= set(columns) and "target" not in columns
+    names = [row[0].strip() for row in rows]
+    assert names[:3] == ["vqvae2: 32 pixels", "alae: 8 pixels", "alae: 16 pixels"]
+    assert sum(name.startswith("energy: ") for name in names) == 6
+    assert names[-4:] == [f"decode: {kind}, 64 pixels" for kind in ("vqvae2", "alae", "beta_vae", "taesd")]
+    assert all(float(row[columns.index("GFLOP an image")]) > 0 for row in rows)
+    text = next(tmp_path.glob("*-all.md")).read_text()
+    assert "- plain: yes" in text and "- flops: yes" in text and "model FLOP utilisation" in text
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_every_row_of_that_table_is_a_command(tiny):
+    """Of the real one, which no test runs, the options at least."""
+    from speed import all as whole
+
+    names = []
+    for command, words in whole._commands(tiny):
+        found = whole._arguments(argparse.Namespace(compile="inductor", bf16=True), command, words)
+        assert found.command == command and found.bf16
+        assert (found.compile is None) == (command == "energy")
+        names.append(command)
+    assert set(names) == set(whole.PARTS)
+
+
 def test_help_names_every_benchmark():
     done = run(THROUGHPUT, "--help")
     assert done.code == 0
-    for name in ("alae", "vqvae2", "beta_vae", "energy", "decode", "translate", "data", "ranks", "save", "startup"):
+    for name in (
+        "alae",
+        "vqvae2",
+        "beta_vae",
+        "energy",
+        "decode",
+        "translate",
+        "data",
+        "ranks",
+        "save",
+        "startup",
+        "all",
+    ):
         assert re.search(rf"^ +{name} +\w", done.out, re.MULTILINE), name
 
 

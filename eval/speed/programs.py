@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,14 +18,9 @@ from pathlib import Path
 from letit_dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
+_STOPPED = 75  # of a training that was asked to end
 STEP = r"^ *\d+/\d+ images"  # a training's line of numbers
-_SMALL = (
-    "training.batch=8",
-    "training.images=8",
-    "intervals.report=8",
-    "intervals.samples=8",
-    "intervals.checkpoint=8",
-)
+_SMALL = ("training.batch=8", "intervals.report=8", "intervals.samples=8", "intervals.checkpoint=8")
 
 
 def programs() -> list[str]:
@@ -45,21 +41,27 @@ class Took:
 
 
 def seconds_of(
-    command: Sequence[object], *, until: str | None = None, repeats: int = 1, clean: Path | None = None
+    command: Sequence[object],
+    *,
+    until: str | None = None,
+    stop: bool = False,
+    repeats: int = 1,
+    clean: Path | None = None,
 ) -> Took:
     """Medians for a program with its arguments: to its end, or to the first line that matches `until`.
 
-    `clean` is removed before each run. UserError where it fails, or prints no such line.
+    With `stop` it is asked to end there. `clean` is removed before each run. UserError where it fails, or prints no
+    such line.
     """
     runs = []
     for _ in range(repeats):
         if clean is not None:
             shutil.rmtree(clean, ignore_errors=True)
-        runs.append(_run([sys.executable, "-u", *map(str, command)], until))
+        runs.append(_run([sys.executable, "-u", *map(str, command)], until, stop))
     return Took(statistics.median(run.passed for run in runs), statistics.median(run.busy for run in runs))
 
 
-def _run(command: list[str], until: str | None) -> Took:
+def _run(command: list[str], until: str | None, stop: bool) -> Took:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begun, lines = time.perf_counter(), []
     passed: float | None = None
@@ -71,8 +73,10 @@ def _run(command: list[str], until: str | None) -> Took:
             lines.append(line)
             if passed is None and until is not None and re.search(until, line):
                 passed = time.perf_counter() - begun
+                if stop:
+                    process.terminate()
     passed = time.perf_counter() - begun if until is None else passed
-    if process.returncode or passed is None:
+    if passed is None or process.returncode not in ({0, _STOPPED, -signal.SIGTERM} if stop else {0}):
         what = f"ended with {process.returncode}" if process.returncode else "printed no line of its first step"
         raise UserError(f"{' '.join(command[2:])} {what}:\n{''.join(lines[-10:])}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -92,30 +96,21 @@ class DebugRuns:
         pack = ["shards/pack.py", "builtin:fruit", "--out", at / "fruit", "--resolution", 64, "--count", 8, "--test", 8]
         yield "shards/pack.py", seconds_of(pack, repeats=repeats, clean=at / "fruit")
         yield "shards/check.py", seconds_of(["shards/check.py", self.apples], repeats=repeats)
-        data = f"data.train=[{self.apples}, {self.oranges}]"
+        data = [f"data.train=[{self.apples}, {self.oranges}]", "data.workers=0"]
         for config in ("alae_fruit", "beta_vae", "vqvae2"):  # the last one is built upon
-            run = at / config
-            train = [
-                "launch/pretrain.py",
-                f"configs/debug/{config}.yaml",
-                "--run",
-                run,
-                data,
-                "data.workers=0",
-                *_SMALL,
-            ]
-            yield f"launch/pretrain.py, {config}", seconds_of(train, until=STEP, repeats=repeats, clean=run)
+            train = ["launch/pretrain.py", f"configs/debug/{config}.yaml", "--run", at / config, *data, *_SMALL]
+            last = config == "vqvae2"
+            how = {"until": STEP, "stop": not last, "repeats": repeats, "clean": at / config}
+            yield f"launch/pretrain.py, {config}", seconds_of([*train, *["training.images=8"] * last], **how)
         model = ["--autoencoder", at / "vqvae2"]
         for shards in (self.oranges, self.apples):
             latents = at / "latents" / shards.parent.name
             encode = ["launch/encode_latents.py", *model, "--shards", shards, "--out", latents]
             took = seconds_of(encode, repeats=repeats, clean=latents)
         yield "launch/encode_latents.py", took
-        domains = [
-            f"data.{name}={at / 'latents' / style}" for name, style in (("source", "apple"), ("target", "orange"))
-        ]
+        domains = [f"data.source={at / 'latents/apple'}", f"data.target={at / 'latents/orange'}"]
         energy = ["launch/train_energy.py", "configs/energy/fruit.yaml", "--run", at / "energy"]
-        energy += [f"autoencoder={at / 'vqvae2'}", *domains, *_SMALL]
+        energy += [f"autoencoder={at / 'vqvae2'}", *domains, *_SMALL, "training.images=8"]
         yield "launch/train_energy.py", seconds_of(energy, until=STEP, repeats=repeats, clean=at / "energy")
         translate = ["launch/translate.py", self.apples, "--energy", at / "energy", "--out", at / "out", "--limit", 1]
         yield "launch/translate.py", seconds_of(translate, repeats=repeats, clean=at / "out")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from letit_dist.data.index import INDEX_NAME
 from letit_dist.data.reader import ShardDataset
-from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage, decode, resize_crop
+from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage, decode, fast_decoders, resize_crop
 from letit_dist.errors import UserError
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class Images:
         self.names = _distinct(names)
         self.bad: list[tuple[str, str]] = []
         self._limit = max_bad_fraction
+        fast_decoders()  # now, so that a plan of memory, which is made before anything is read, counts them
 
     def __len__(self) -> int:
         """How many there are, unreadable ones included."""
