@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     given = {name: getattr(args, name) for name in ("kid_subsets", "kid_subset_size", "equal_n")}
     options = FidelityOptions(metrics=args.metrics, seeds=tuple(args.seeds), **given)
     options.check(*counts)
+    splits = a.split, b.stamp.get("split") if isinstance(b, of.Features) else b.split
     if protocol:
-        splits = a.split, None if isinstance(b, of.Features) else b.split
         protocol.check(sources=counts[0] // args.outputs, outputs=args.outputs, reference=counts[1], splits=splits)
     choice = {"layer": args.layer, "logits": "isc" in args.metrics, "random_weights": args.random_weights}
     choice["sha256"] = args.weights_sha256
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.reference and not stored:
         of.store(real, args.reference)
-    extra = {"sides": [args.a, args.b], "seconds_of_features": round(time.perf_counter() - begun, 1)}
+    extra = {"sides": [args.a, args.b], "splits": splits, "seconds_of_features": round(time.perf_counter() - begun, 1)}
     rows = []
     for row in measure(made, real, options, snapshot=a.snapshot, extra=extra):
         rows.append(protocol.annotate(row) if protocol else row)

@@ -48,10 +48,12 @@ class Features:
 
 
 def stamp_of(images: ImageSet, extractor: Extractor) -> dict[str, Any]:
-    """What decides the features: data, network, weights and resizes, as plain values."""
+    """What decides the features: data, network, weights and resizes, as plain values; and the split that their images
+    state, None where they state none."""
     side = getattr(images, "side", None)
     resize = (f"{side} pixels first, " if side else "") + extractor.stamp["resize"]
-    return {"kind": "features", "data": images.stamp, "count": len(images), **extractor.stamp, "resize": resize}
+    of = {"data": images.stamp, "count": len(images), "split": images.split}
+    return {"kind": "features", **of, **extractor.stamp, "resize": resize}
 
 
 def working_folder(out: Path, stamp: dict[str, Any], *also: object) -> Path:

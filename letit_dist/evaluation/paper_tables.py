@@ -145,7 +145,8 @@ def measure_pair(job: Job, cell: CellConfig, translator: Translator, pair: Pair)
     )
     options.check(len(made), len(reference))
     counts = {"sources": len(source), "outputs": protocol.outputs, "reference": len(reference)}
-    protocol.check(**counts, splits=(source.split, reference.split))
+    splits = source.split, reference.split
+    protocol.check(**counts, splits=splits)
     extractor = job.extractor(protocol.extractor, translator.device)
     stamps = [stamp_of(side, extractor) for side in (made, reference)]
     tree = json.dumps([stamps, protocol.name, cell.measure], sort_keys=True)
@@ -159,7 +160,8 @@ def measure_pair(job: Job, cell: CellConfig, translator: Translator, pair: Pair)
     ours, real = (
         gather_features(side, extractor, lambda mine: [mine], keep=keep) for side, keep in zip(sides, kept, strict=True)
     )
-    found = measure(ours, real, options, snapshot=made.snapshot, extra={"identity": identity, "pair": list(pair)})
+    extra = {"identity": identity, "pair": list(pair), "splits": splits}
+    found = measure(ours, real, options, snapshot=made.snapshot, extra=extra)
     new = [protocol.annotate(row) for row in found]
     write_lines([*rows, *new], job.record)
     forget(kept)

@@ -62,14 +62,25 @@ class ProtocolConfig(StrictConfig):
             raise UserError("\n".join([*(f"protocol {self.name}: {problem}" for problem in problems), hint]))
 
     def annotate(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of results, with what it may be compared with, and whether it is the number to report."""
+        """A row of results, with what it may be compared with, and whether it is the number to report.
+
+        `splits` of the row are those of the source and of the real images, None where nothing states them.
+        """
+        sides = zip(
+            ("source", "real"),
+            row.get("splits", (None, None)),
+            (self.source_split, self.reference_split),
+            strict=True,
+        )
+        unstated = [f"the {side} images are the {expected} split" for side, found, expected in sides if found is None]
+        condition = f"if {' and '.join(unstated)}, which nothing here states: " if unstated else ""
         return {
             **row,
             "protocol": self.name,
             "headline": row["metric"].endswith("_equal_n") == self.equal_counts,
             "aggregation": self.aggregation,
             "checkpoint": self.checkpoint,
-            "comparable_with": self.comparable_with
+            "comparable_with": condition + self.comparable_with
             if row["valid"]
             else "nothing: the network's weights are random or unverified",
             "not_comparable": self.not_comparable,
