@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -149,7 +150,8 @@ def measure_pair(job: Job, cell: CellConfig, translator: Translator, pair: Pair)
     protocol.check(**counts, splits=splits)
     extractor = job.extractor(protocol.extractor, translator.device)
     stamps = [stamp_of(side, extractor) for side in (made, reference)]
-    tree = json.dumps([stamps, protocol.name, cell.measure], sort_keys=True)
+    decided = [protocol.model_dump(mode="json"), dataclasses.asdict(options)]
+    tree = json.dumps([stamps, *decided, cell.measure], sort_keys=True)
     identity = hashlib.sha256(tree.encode()).hexdigest()[:16]
     rows = job.measured()
     for row in rows:
