@@ -147,10 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     choice = {"layer": args.layer, "logits": "isc" in args.metrics, "random_weights": args.random_weights}
     choice["sha256"] = args.weights_sha256
     extractor = open_extractor(args.extractor, folder=weights_folder(args.weights), **choice).to(device)
-    if isinstance(b, of.Features):
-        of.check_alike(of.stamp_of(a, extractor), b.stamp)
-    elif args.reference:
-        stored = of.reuse(args.reference, of.stamp_of(b, extractor))
+    wanted = b.stamp if isinstance(b, of.Features) else of.stamp_of(b, extractor)
+    of.check_alike(of.stamp_of(a, extractor), wanted)
+    if args.reference:
+        stored = of.reuse(args.reference, wanted)
     notices = [
         (a.stamp == (stored.stamp["data"] if stored else b.stamp), "both sides hold the same images"),
         (args.random_weights, "--random-weights: these numbers are valid for nothing"),

@@ -1,9 +1,10 @@
-"""What the two sides of eval/fidelity.py state of themselves: splits, stored ones too."""
+"""What the two sides of eval/fidelity.py state of themselves: splits, sizes, stored ones too."""
 
 import json
 
 import pytest
-from programs import ROOT, _program, run
+from PIL import Image
+from programs import ROOT, _program, run, shared_chain
 
 from letit_dist.evaluation.protocols import load_protocol
 
@@ -35,6 +36,11 @@ def protocols(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    return shared_chain(tmp_path_factory)
+
+
 # Splits
 
 
@@ -62,3 +68,39 @@ def test_a_row_says_which_split_nobody_stated():
     assert condition(None, "test") == "if the source images are the test split, which nothing here states: "
     both = "if the source images are the test split and the real images are the test split, which nothing here states: "
     assert condition(None, None) == both
+
+
+# Sizes
+
+
+def pictures(folder, side, count=8):
+    folder.mkdir()
+    for number in range(count):
+        Image.linear_gradient("L").rotate(11 * number).resize((side, side + 8)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_sides_of_two_sizes_are_not_compared(fruit_shards, tmp_path):
+    pytest.importorskip("torch_fidelity")
+    small, large, stored = fruit_shards / "apple/test", pictures(tmp_path / "large", 64), tmp_path / "ref"
+    out = ("--out", tmp_path / "o")
+    both = run("eval/fidelity.py", small, large, *FAST, *out, "--resize", 24, "--reference", tmp_path / "ref24")
+    assert both.code == 0, both.err
+    assert run("eval/fidelity.py", large, large, *FAST, *out, "--reference", stored).code == 0
+    for a, b in ((small, large), (large, small), (small, f"stored:{stored}")):
+        done = run("eval/fidelity.py", a, b, *FAST, "--out", tmp_path / "p")
+        assert done.code == 2, (a, b, done.out)
+        sizes = ("32x32", "64x72") if a is small else ("64x72", "32x32")
+        assert "images of {} and of {}: give one --resize for both".format(*sizes) in done.err
+        assert not (tmp_path / "p").exists(), "nothing was made of images that cannot be compared"
+    assert run("eval/fidelity.py", small, f"stored:{tmp_path / 'ref24'}", *FAST, *out, "--resize", 24).code == 0
+
+
+def test_translations_are_of_the_autoencoders_size(chain):
+    from letit_dist.energy.translate import open_translator
+    from letit_dist.evaluation.image_sets import TranslatedImages, open_image_set
+
+    source = open_image_set(chain.images("apple", "test"))
+    for side, expected in ((None, (32, 32)), (24, (24, 24))):
+        made = TranslatedImages(open_translator(chain.energy()), source, side=side)
+        assert made.pixels == expected == tuple(made.read([0])[0].shape[2:])

@@ -19,7 +19,7 @@ from letit_dist.config import StrictConfig, load_config, read_tree
 from letit_dist.energy.translate import Translator, open_translators
 from letit_dist.errors import UserError
 from letit_dist.evaluation.extractors import Extractor, Kind, open_extractor
-from letit_dist.evaluation.features import forget, gather_features, stamp_of, working_folder
+from letit_dist.evaluation.features import check_alike, forget, gather_features, stamp_of, working_folder
 from letit_dist.evaluation.fidelity import FidelityOptions, measure
 from letit_dist.evaluation.image_sets import ImageSet, TranslatedImages, open_image_set
 from letit_dist.evaluation.protocols import ProtocolConfig, load_protocol
@@ -150,6 +150,7 @@ def measure_pair(job: Job, cell: CellConfig, translator: Translator, pair: Pair)
     protocol.check(**counts, splits=splits)
     extractor = job.extractor(protocol.extractor, translator.device)
     stamps = [stamp_of(side, extractor) for side in (made, reference)]
+    check_alike(*stamps)
     decided = [protocol.model_dump(mode="json"), dataclasses.asdict(options)]
     tree = json.dumps([stamps, *decided, cell.measure], sort_keys=True)
     identity = hashlib.sha256(tree.encode()).hexdigest()[:16]
