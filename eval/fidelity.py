@@ -6,6 +6,7 @@
     python eval/fidelity.py run:runs/cat2dog data/dog/test --source data/cat/test --protocol cut --out results
     python eval/fidelity.py A B --extractor dinov2 --weights-sha256 DIGITS --out results
     accelerate launch --config_file launch/accelerate/gpu8.yaml eval/fidelity.py A B --out results
+    sbatch launch/slurm/eval.sbatch eval/fidelity.py A B --out results
 
 A and B are folders of images or shard folders. A may be run:RUN, an energy that translates --source on the fly; B may
 be stored:DIR, what --reference DIR wrote. Any number of processes gives the same bits. One JSON line a metric goes to
