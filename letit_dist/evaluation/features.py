@@ -127,14 +127,19 @@ def gather_features(
 ) -> Features:
     """Features of all images on every rank. `gather(mine)` gives what all ranks gave, in any order.
 
-    A rank that fails tells the others, which would wait for its share: its UserError is everybody's.
+    A rank that fails tells the others, which would wait for its share: its UserError is everybody's. UserError too
+    where a rank has gone without a word.
     """
     outcome: Share | str
     try:
         outcome = extract_share(images, extractor, rank=rank, world=world, keep=keep)
     except UserError as error:
         outcome = str(error)
-    outcomes = gather(outcome)
+    try:
+        outcomes = gather(outcome)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"lost the other ranks ({said}): the same command continues after the last slice") from None
     if problems := [found for found in outcomes if isinstance(found, str)]:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return assemble(outcomes, stamp_of(images, extractor))
