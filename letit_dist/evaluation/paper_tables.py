@@ -28,6 +28,7 @@ from letit_dist.evaluation.tables import markdown
 from letit_dist.memory import peak_bytes
 
 UNMEASURED = "not yet measured"
+_NEEDED = {"identity", "headline", "value", "valid", "protocol"}  # of a row of the record
 Pair = tuple[str, str]  # source, target
 Runs = dict[tuple[str | None, str | None], Translator]
 
@@ -62,6 +63,14 @@ class TableConfig(StrictConfig):
     note: str = ""
     columns: dict[str, CellConfig]
     published: dict[str, tuple[float | str | None, ...]]
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> TableConfig:
+        count = len(self.columns)
+        wrong = [f"{method!r} has {len(cells)}" for method, cells in self.published.items() if len(cells) != count]
+        if wrong:
+            raise ValueError(f"{count} columns, but of published {', '.join(wrong)}: write null where nothing is known")
+        return self
 
 
 class TablesConfig(StrictConfig):
@@ -99,9 +108,12 @@ class Job:
 
     def measured(self) -> list[dict[str, Any]]:
         """Its rows."""
-        text = self.record.read_text(encoding="utf-8") if self.record.is_file() else ""
         try:
-            return [json.loads(line) for line in text.splitlines()]
+            text = self.record.read_text(encoding="utf-8") if self.record.is_file() else ""
+            rows = [json.loads(line) for line in text.splitlines()]
+            if not all(isinstance(row, dict) and row.keys() >= _NEEDED for row in rows):
+                raise ValueError
+            return rows
         except ValueError:
             raise UserError(f"{self.record} is damaged: remove it, and everything is measured again") from None
 
@@ -252,6 +264,8 @@ def measure_cell(job: Job, cell: CellConfig, runs: Runs) -> tuple[Any, dict[str,
 def write_table(name: str, config: Path, runs: Sequence[str], job: Job) -> Iterator[str]:
     """The table as Markdown, and OUT/NAME.jsonl; yields the lines to print."""
     tables = load_config(TablesConfig, config)
+    if name not in tables.tables:
+        raise UserError(f"{config} has no {name}, it has {', '.join(tables.tables) or 'no table'}")
     table = tables.tables[name]
     rows = [{"method": method, "from": tables.source, **dict(zip(table.columns, cells, strict=True))}
             for method, cells in table.published.items()]  # fmt: skip
@@ -269,7 +283,8 @@ def write_table(name: str, config: Path, runs: Sequence[str], job: Job) -> Itera
         lines = []
         for translator in opened.values():
             counts = " + ".join(map(_millions, (translator.autoencoder, translator.energy)))
-            cells = dict(zip(table.columns, (counts, _both_days(translator)), strict=True))
+            told = {"parameters": counts, "days_of_both": _both_days(translator)}
+            cells = {column: told.get(cell.measure, UNMEASURED) for column, cell in table.columns.items()}
             rows.append({"method": f"ours: {_run_of(translator).name}", "from": "counted here", **cells})
             lines.append({"table": name, "run": str(translator.origin), **cells})
         if not opened:

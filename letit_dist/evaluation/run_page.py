@@ -113,7 +113,7 @@ def _where(path: Path, folder: Path) -> str:
 
 def _summary(run: RunFolder) -> str:
     last = run.stats[-1]
-    wanted = (run.config.get("training") or {}).get("images")
+    wanted = run.section("training").get("images")
     seen = f"{last['images_seen']:,}" + (f" of {wanted:,}" if isinstance(wanted, int) else "")
     facts = {"images seen": seen, "reports": len(run.stats), "exports": ", ".join(run.exports) or "none"}
     facts |= {name: value for name, value in last.items() if name != "images_seen"}
