@@ -91,8 +91,11 @@ def settle(args: argparse.Namespace) -> ProtocolConfig | None:
     return protocol
 
 
-def open_sides(args: argparse.Namespace, faithful: bool, device: torch.device) -> tuple[ImageSet, ImageSet | Features]:
+def open_sides(
+    args: argparse.Namespace, protocol: ProtocolConfig | None, device: torch.device
+) -> tuple[ImageSet, ImageSet | Features]:
     """(A, B or its stored features)."""
+    faithful = protocol is not None and protocol.faithfulness
     from letit_dist.evaluation.features import read_stored
     from letit_dist.evaluation.image_distances import faithfulness
     from letit_dist.evaluation.image_sets import TranslatedImages, open_image_set
@@ -103,6 +106,9 @@ def open_sides(args: argparse.Namespace, faithful: bool, device: torch.device) -
     else:
         b = open_image_set(args.b, args.resize)
     if not args.a.startswith("run:"):
+        if protocol and protocol.outputs > 1:
+            several = f"{protocol.outputs} translations of each source"
+            raise UserError(f"protocol {args.protocol} takes {several}: A must be run:RUN")
         if args.source or args.outputs != 1 or args.to or args.origin or args.autoencoder:
             raise UserError("--source, --outputs, --to, --from and --autoencoder need A to be run:RUN")
         if faithful:
@@ -134,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args.metrics = metrics_for(args.extractor, args.metrics)
     rank, world, device, gather = join_ranks()
-    a, b = open_sides(args, protocol is not None and protocol.faithfulness, device)
+    a, b = open_sides(args, protocol, device)
     stored = b if isinstance(b, of.Features) else None
     if stored and args.reference:
         raise UserError("--reference has no effect with B stored: leave it out")

@@ -89,8 +89,9 @@ class ProtocolConfig(StrictConfig):
 
 def load_protocol(name: str, folder: Path) -> ProtocolConfig:
     """The protocol of `folder`/`name`.yaml; UserError that lists the known ones."""
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml") if "comparable_with" in p.read_text(encoding="utf-8"))
+    # Other files of evaluation lie beside them.
+    texts = {path.stem: path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.yaml"))}
+    known = [stem for stem, text in texts.items() if "comparable_with" in text]
+    if name not in known:
         raise UserError(f"no protocol {name!r}, known: {', '.join(known)}")
-    return load_config(ProtocolConfig, path)
+    return load_config(ProtocolConfig, folder / f"{name}.yaml")
