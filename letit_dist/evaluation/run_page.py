@@ -200,7 +200,7 @@ def _table_of(path: Path, rows: Sequence[Mapping[str, Any]], folder: Path) -> st
     same = [n for n in names if len(rows) > 1 and all(n in row and row[n] == rows[0][n] for row in rows)]
     varying = [name for name in names if name not in same]
     invalid = any(row.get("valid") is False for row in rows)
-    warning = '<p class="invalid">Not valid: measured with random weights.</p>' if invalid else ""
+    warning = '<p class="invalid">Not valid: measured with random or unverified weights.</p>' if invalid else ""
     common = "; ".join(f"{name}: {_text(rows[0][name])}" for name in same)
     below = f'<p class="small">In all rows: {escape(common)}</p>' if common else ""
     if len(rows) == 1:
