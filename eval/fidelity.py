@@ -6,6 +6,7 @@
     python eval/fidelity.py run:runs/cat2dog data/dog/test --source data/cat/test --protocol cut --out results
     python eval/fidelity.py A B --extractor dinov2 --weights-sha256 DIGITS --out results
     accelerate launch --config_file launch/accelerate/gpu8.yaml eval/fidelity.py A B --out results
+    sbatch launch/slurm/eval.sbatch eval/fidelity.py A B --out results
 
 A and B are folders of images or shard folders. A may be run:RUN, an energy that translates --source on the fly; B may
 be stored:DIR, what --reference DIR wrote. Any number of processes gives the same bits. One JSON line a metric goes to
@@ -90,8 +91,11 @@ def settle(args: argparse.Namespace) -> ProtocolConfig | None:
     return protocol
 
 
-def open_sides(args: argparse.Namespace, faithful: bool, device: torch.device) -> tuple[ImageSet, ImageSet | Features]:
+def open_sides(
+    args: argparse.Namespace, protocol: ProtocolConfig | None, device: torch.device
+) -> tuple[ImageSet, ImageSet | Features]:
     """(A, B or its stored features)."""
+    faithful = protocol is not None and protocol.faithfulness
     from letit_dist.evaluation.features import read_stored
     from letit_dist.evaluation.image_distances import faithfulness
     from letit_dist.evaluation.image_sets import TranslatedImages, open_image_set
@@ -102,6 +106,9 @@ def open_sides(args: argparse.Namespace, faithful: bool, device: torch.device) -
     else:
         b = open_image_set(args.b, args.resize)
     if not args.a.startswith("run:"):
+        if protocol and protocol.outputs > 1:
+            several = f"{protocol.outputs} translations of each source"
+            raise UserError(f"protocol {args.protocol} takes {several}: A must be run:RUN")
         if args.source or args.outputs != 1 or args.to or args.origin or args.autoencoder:
             raise UserError("--source, --outputs, --to, --from and --autoencoder need A to be run:RUN")
         if faithful:
@@ -133,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args.metrics = metrics_for(args.extractor, args.metrics)
     rank, world, device, gather = join_ranks()
-    a, b = open_sides(args, protocol is not None and protocol.faithfulness, device)
+    a, b = open_sides(args, protocol, device)
     stored = b if isinstance(b, of.Features) else None
     if stored and args.reference:
         raise UserError("--reference has no effect with B stored: leave it out")
@@ -141,16 +148,16 @@ def main(argv: list[str] | None = None) -> int:
     given = {name: getattr(args, name) for name in ("kid_subsets", "kid_subset_size", "equal_n")}
     options = FidelityOptions(metrics=args.metrics, seeds=tuple(args.seeds), **given)
     options.check(*counts)
+    splits = a.split, b.stamp.get("split") if isinstance(b, of.Features) else b.split
     if protocol:
-        splits = a.split, None if isinstance(b, of.Features) else b.split
         protocol.check(sources=counts[0] // args.outputs, outputs=args.outputs, reference=counts[1], splits=splits)
     choice = {"layer": args.layer, "logits": "isc" in args.metrics, "random_weights": args.random_weights}
     choice["sha256"] = args.weights_sha256
     extractor = open_extractor(args.extractor, folder=weights_folder(args.weights), **choice).to(device)
-    if isinstance(b, of.Features):
-        of.check_alike(of.stamp_of(a, extractor), b.stamp)
-    elif args.reference:
-        stored = of.reuse(args.reference, of.stamp_of(b, extractor))
+    wanted = b.stamp if isinstance(b, of.Features) else of.stamp_of(b, extractor)
+    of.check_alike(of.stamp_of(a, extractor), wanted)
+    if args.reference:
+        stored = of.reuse(args.reference, wanted)
     notices = [
         (a.stamp == (stored.stamp["data"] if stored else b.stamp), "both sides hold the same images"),
         (args.random_weights, "--random-weights: these numbers are valid for nothing"),
@@ -174,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.reference and not stored:
         of.store(real, args.reference)
-    extra = {"sides": [args.a, args.b], "seconds_of_features": round(time.perf_counter() - begun, 1)}
+    extra = {"sides": [args.a, args.b], "splits": splits, "seconds_of_features": round(time.perf_counter() - begun, 1)}
     rows = []
     for row in measure(made, real, options, snapshot=a.snapshot, extra=extra):
         rows.append(protocol.annotate(row) if protocol else row)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 pytestmark = pytest.mark.ranks
 
@@ -156,3 +157,53 @@ def test_slurm_does_not_requeue_a_mistake(cluster, tmp_path):
     assert not (tmp_path / "requeued").exists()
     done = subprocess.run(command[:2], cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "error: no program: sbatch" in done.stderr
+
+
+def pictures(folder, count):
+    folder.mkdir()
+    for number in range(count):
+        Image.linear_gradient("L").rotate(number).resize((16, 16)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def test_slurm_requeues_an_evaluation_which_goes_on(cluster, tmp_path):
+    pytest.importorskip("torch_fidelity")
+    # As Slurm does it: the tasks of a job that is put back are ended.
+    command = tmp_path / "commands/scontrol"
+    command.write_text(SCONTROL.replace('>> "$REQUEUED"', '>> "$REQUEUED"; kill $(cat "$PIDS")'))
+    a, b, out = pictures(tmp_path / "a", 12 * 16), pictures(tmp_path / "b", 16), tmp_path / "out"
+    given = ["eval/fidelity.py", a, b, "--random-weights", "--layer", "64", "--metrics", "fid", "--out", out]
+
+    def submit():
+        options = {"cwd": ROOT, "env": cluster, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(["bash", "launch/slurm/eval.sbatch", *map(str, given)], **options)
+
+    def finished():
+        return sorted(path.name for path in out.glob(".features/*/[0-9]*.safetensors"))
+
+    job = submit()
+    begun = time.monotonic()
+    while not finished():
+        assert job.poll() is None and time.monotonic() - begun < 240
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode != 0 and "requeued" in said and "Traceback" not in said
+    assert (tmp_path / "requeued").read_text().split() == [cluster["SLURM_JOB_ID"]]
+    assert 0 < len(finished()) < 13 and not (out / "fidelity.jsonl").exists()
+    job = submit()
+    said, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, said
+    rows = [json.loads(line) for line in (out / "fidelity.jsonl").read_text().splitlines()]
+    assert [row["counts"] for row in rows] == [[192, 16], [16, 16]] and not finished()
+    assert len((tmp_path / "requeued").read_text().split()) == 1
+
+
+def test_slurm_does_not_requeue_an_evaluation_of_nothing(cluster, tmp_path):
+    command = ["bash", "launch/slurm/eval.sbatch", "eval/fidelity.py", "nowhere", "b", "--out", str(tmp_path / "out")]
+    options = {"cwd": ROOT, "env": cluster, "capture_output": True, "text": True, "timeout": 240}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 2 and "no such folder" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "requeued").exists()
+    done = subprocess.run(command[:2], **options)
+    assert done.returncode == 2 and "error: no program: sbatch launch/slurm/eval.sbatch" in done.stderr

@@ -236,3 +236,23 @@ def test_table8_prints_the_sweep(chain, tmp_path):
     assert done.code == 0, done.err
     [cell] = [json.loads(line) for line in (tmp_path / "out/table8.jsonl").read_text().splitlines()]
     assert f"{cell['mse']:.4g}" in done.out and "not yet measured:" in done.out and "autoencoder.codes=64" in done.out
+
+
+def test_a_changed_protocol_is_measured_again(chain, config, shallow, tmp_path):
+    """What stands in the record was measured with the old subsets."""
+    pytest.importorskip("torch_fidelity")
+    given = ("table5", chain, config, tmp_path / "out", "--run", chain.energy(), "--random-weights")
+
+    def record():
+        lines = (tmp_path / "out/measured.jsonl").read_text().splitlines()
+        return [(row["subset_size"], row["value"]) for row in map(json.loads, lines) if row["metric"] == "kid"]
+
+    call(*given)
+    (config.parent / "tiny.yaml").write_text(PROTOCOL.replace("subset_size: 4", "subset_size: 8"))
+    rows, _ = call(*given)
+    assert [size for size, _ in record()] == [4, 8]
+    # Hundred times the plain one, by the `scale` of the cell.
+    assert rows["ours"]["KID"] == f"{100 * record()[1][1]:.4g} (not valid)"
+    before = record()
+    call(*given)
+    assert record() == before

@@ -160,7 +160,7 @@ def test_damage_is_told_and_the_rest_is_shown(chain, tmp_path):
     assert "1 damaged lines of stats.jsonl are left out" in page.texts
     assert any("images-000000000256.png: not an image that can be read" in line for line in page.texts)
     assert any(attributes["aria-label"].startswith("loss (1 not finite)") for attributes in page.all("svg"))
-    assert "Not valid: measured with random weights." in page.texts
+    assert "Not valid: measured with random or unverified weights." in page.texts
 
 
 def test_a_large_picture_is_shown_smaller(chain, tmp_path, monkeypatch):

@@ -240,7 +240,7 @@ def test_votes_that_do_not_belong_are_told(folders, tmp_path):
     votes = read_votes([good], key)
     assert [vote.method for vote in votes] == [key["trials"][0]["methods"][i] for i in (1, 2)]
     for rows, message in (
-        (("ann", "quality", 0, 2), r"bad\.csv, line 2: rater 'ann' has voted on this in .*good\.csv"),
+        (("ann", "quality", 0, 2), r"bad\.csv: rater 'ann' has 1 votes in .*good\.csv already"),
         (("bob", "beauty", 0, 2), "question 'beauty', the study has quality, faithfulness"),
         (("bob", "quality", 6, 0), "trial 6, position 0: the study has no such picture"),
         (("bob", "quality", 0, -1), "trial 0, position -1: the study has no such picture"),
@@ -249,10 +249,10 @@ def test_votes_that_do_not_belong_are_told(folders, tmp_path):
         bad.write_text(rows_of(key, rows))
         with pytest.raises(UserError, match=message):
             read_votes([good, bad], key)
-    with pytest.raises(UserError, match="has voted on this in"):
+    with pytest.raises(UserError, match=r"^\S*good\.csv: given twice, name it once$"):
         read_votes([good, good], key)
     bad.write_text(rows_of({**key, "study": "other"}, ("bob", "quality", 0, 0)))
-    with pytest.raises(UserError, match=f"a vote of study other, the key is of {key['study']}"):
+    with pytest.raises(UserError, match=f"votes of study other, the key is of {key['study']}"):
         read_votes([bad], key)
     bad.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="no votes in it: columns study, rater"):
@@ -375,3 +375,26 @@ def test_the_program(folders, tmp_path):
     assert len(done.out.splitlines()) == 2 + 6
     bad = run(*command[:4], "--method", "ours", "--out", tmp_path / "x.html")
     assert bad.code == 2 and bad.errors == ["error: --method ours: expected NAME=FOLDER"]
+
+
+def test_one_mistake_is_one_line_a_file(folders, tmp_path):
+    _, key = made(folders)
+    places = [("ann", question, trial, 0) for question in key["questions"] for trial in range(len(NAMES))]
+
+    def lines_of(*keys):
+        paths = [tmp_path / f"{number}.csv" for number in range(len(keys))]
+        for path, one in zip(paths, keys, strict=True):
+            path.write_text(rows_of(one, *places))
+        with pytest.raises(UserError) as error:
+            read_votes(paths, key)
+        return str(error.value).splitlines()
+
+    first, second = (tmp_path / f"{number}.csv" for number in range(2))
+    remedy = "leave one file out, or, if two people took one name, rename one in the column rater"
+    assert lines_of(key, key) == [f"{second}: rater 'ann' has 12 votes in {first} already: {remedy}"]
+    other = {**key, "study": "other"}
+    remedy = f"the key is of {key['study']}: name the key that was written beside that page"
+    assert lines_of(other, other) == [f"{path}: votes of study other, {remedy}" for path in (first, second)]
+    first.write_text(rows_of(key, *places, *places[:3]))
+    with pytest.raises(UserError, match=r"^\S*0\.csv: rater 'ann' has 3 votes more than once in it: keep one line of"):
+        read_votes([first], key)

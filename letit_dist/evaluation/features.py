@@ -48,10 +48,12 @@ class Features:
 
 
 def stamp_of(images: ImageSet, extractor: Extractor) -> dict[str, Any]:
-    """What decides the features: data, network, weights and resizes, as plain values."""
+    """What decides the features: data, network, weights and resizes, as plain values; and what else the two sides must
+    agree on: the split that the images state, None where they state none, and their (H, W)."""
     side = getattr(images, "side", None)
     resize = (f"{side} pixels first, " if side else "") + extractor.stamp["resize"]
-    return {"kind": "features", "data": images.stamp, "count": len(images), **extractor.stamp, "resize": resize}
+    of = {"data": images.stamp, "count": len(images), "split": images.split, "pixels": [*images.pixels]}
+    return {"kind": "features", **of, **extractor.stamp, "resize": resize}
 
 
 def working_folder(out: Path, stamp: dict[str, Any], *also: object) -> Path:
@@ -125,14 +127,19 @@ def gather_features(
 ) -> Features:
     """Features of all images on every rank. `gather(mine)` gives what all ranks gave, in any order.
 
-    A rank that fails tells the others, which would wait for its share: its UserError is everybody's.
+    A rank that fails tells the others, which would wait for its share: its UserError is everybody's. UserError too
+    where a rank has gone without a word.
     """
     outcome: Share | str
     try:
         outcome = extract_share(images, extractor, rank=rank, world=world, keep=keep)
     except UserError as error:
         outcome = str(error)
-    outcomes = gather(outcome)
+    try:
+        outcomes = gather(outcome)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"lost the other ranks ({said}): the same command continues after the last slice") from None
     if problems := [found for found in outcomes if isinstance(found, str)]:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return assemble(outcomes, stamp_of(images, extractor))
@@ -172,8 +179,14 @@ def reuse(folder: Path, wanted: dict[str, Any]) -> Features | None:
 
 
 def check_alike(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """UserError if two sets of features do not come from the same network, weights and resizes."""
+    """UserError if two sets of features do not come from the same network, weights and resizes, or not from images of
+    one size: what the network's own resize makes of two sizes would be measured as well."""
     names = ("extractor", "layer", "resize", "weights")
     different = [f"{name}: {a[name]} and {b[name]}" for name in names if a[name] != b[name]]
+    sizes = [stamp.get("pixels") for stamp in (a, b)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        first, second = (f"{width}x{height}" for height, width in sizes)
+        remedy = "give one --resize for both, or where a protocol forbids it pack both at one size"
+        different.append(f"images of {first} and of {second}: {remedy}")
     if different:
         raise UserError("\n".join(f"the two sides cannot be compared, {line}" for line in different))

@@ -25,6 +25,7 @@ _INCEPTION = ("fid", "kid", "prc", "isc")
 METRICS_OF = {"torchvision": _INCEPTION[:3], "dinov2": ("fd_dinov2",), "clip": ("cmmd",)}
 METRICS = (*_INCEPTION, "fd_dinov2", "cmmd")
 _SIGMA, _SCALE = 10, 1000  # of CMMD
+_SEEDS = 2**32  # those that NumPy takes, which draws KID's subsets
 _ROWS = 1024  # of a kernel that are made at once
 _FAITHFUL = ("l2_to_source", "psnr_to_source", "ssim_to_source")
 
@@ -51,7 +52,7 @@ class FidelityOptions:
     equal_n: int | None = None  # None: as many as the smaller side has
 
     def check(self, a: int, b: int) -> None:
-        """UserError with all that these counts of images are too small for."""
+        """UserError with all that these counts of images are too small for, and options that no count allows."""
         problems = [f"metric {name!r}, known: {', '.join(METRICS)}" for name in self.metrics if name not in METRICS]
         least, n = min(a, b), self.equal_n or min(a, b)
         found = f"found {a} and {b} images"
@@ -59,6 +60,8 @@ class FidelityOptions:
             problems.append("no metric was asked for")
         if min(self.kid_subsets, self.kid_subset_size, self.neighbours, self.splits, len(self.seeds)) < 1:
             problems.append("--kid-subsets, --kid-subset-size and --seeds: at least 1")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < _SEEDS]:
+            problems.append(f"--seeds {' '.join(map(str, wrong))}: expected 0 .. {_SEEDS - 1}")
         if n > least or n < 2:
             problems.append(f"{found}: --equal-n must lie in 2 .. {least}, got {n}")
         elif "kid" in self.metrics and min(n, least) < self.kid_subset_size:

@@ -36,6 +36,11 @@ class ImageSet:
     def __len__(self) -> int:
         raise NotImplementedError
 
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(H, W) of what `read` gives."""
+        raise NotImplementedError
+
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Columns]:
         """pixels uint8 (B, 3, H, W), and numbers (B,) that were found on the way."""
         raise NotImplementedError
@@ -53,6 +58,15 @@ class _Real(ImageSet):
 
     def _place(self, row: int) -> str:
         raise NotImplementedError
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        if self.side is not None:
+            return self.side, self.side
+        if self.size is None:
+            self.read([0])
+        assert self.size is not None
+        return self.size
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Columns]:
         return torch.stack([self._one(row) for row in rows]), {}
@@ -198,6 +212,11 @@ class TranslatedImages(ImageSet):
 
     def __len__(self) -> int:
         return len(self.source) * self.outputs
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        side = self.side or self.translator.autoencoder.config.resolution
+        return side, side
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Columns]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from letit_dist.config import StrictConfig, load_config, read_tree
 from letit_dist.energy.translate import Translator, open_translators
 from letit_dist.errors import UserError
 from letit_dist.evaluation.extractors import Extractor, Kind, open_extractor
-from letit_dist.evaluation.features import forget, gather_features, stamp_of, working_folder
+from letit_dist.evaluation.features import check_alike, forget, gather_features, stamp_of, working_folder
 from letit_dist.evaluation.fidelity import FidelityOptions, measure
 from letit_dist.evaluation.image_sets import ImageSet, TranslatedImages, open_image_set
 from letit_dist.evaluation.protocols import ProtocolConfig, load_protocol
@@ -27,6 +28,7 @@ from letit_dist.evaluation.tables import markdown
 from letit_dist.memory import peak_bytes
 
 UNMEASURED = "not yet measured"
+_NEEDED = {"identity", "headline", "value", "valid", "protocol"}  # of a row of the record
 Pair = tuple[str, str]  # source, target
 Runs = dict[tuple[str | None, str | None], Translator]
 
@@ -61,6 +63,14 @@ class TableConfig(StrictConfig):
     note: str = ""
     columns: dict[str, CellConfig]
     published: dict[str, tuple[float | str | None, ...]]
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> TableConfig:
+        count = len(self.columns)
+        wrong = [f"{method!r} has {len(cells)}" for method, cells in self.published.items() if len(cells) != count]
+        if wrong:
+            raise ValueError(f"{count} columns, but of published {', '.join(wrong)}: write null where nothing is known")
+        return self
 
 
 class TablesConfig(StrictConfig):
@@ -98,9 +108,12 @@ class Job:
 
     def measured(self) -> list[dict[str, Any]]:
         """Its rows."""
-        text = self.record.read_text(encoding="utf-8") if self.record.is_file() else ""
         try:
-            return [json.loads(line) for line in text.splitlines()]
+            text = self.record.read_text(encoding="utf-8") if self.record.is_file() else ""
+            rows = [json.loads(line) for line in text.splitlines()]
+            if not all(isinstance(row, dict) and row.keys() >= _NEEDED for row in rows):
+                raise ValueError
+            return rows
         except ValueError:
             raise UserError(f"{self.record} is damaged: remove it, and everything is measured again") from None
 
@@ -145,10 +158,13 @@ def measure_pair(job: Job, cell: CellConfig, translator: Translator, pair: Pair)
     )
     options.check(len(made), len(reference))
     counts = {"sources": len(source), "outputs": protocol.outputs, "reference": len(reference)}
-    protocol.check(**counts, splits=(source.split, reference.split))
+    splits = source.split, reference.split
+    protocol.check(**counts, splits=splits)
     extractor = job.extractor(protocol.extractor, translator.device)
     stamps = [stamp_of(side, extractor) for side in (made, reference)]
-    tree = json.dumps([stamps, protocol.name, cell.measure], sort_keys=True)
+    check_alike(*stamps)
+    decided = [protocol.model_dump(mode="json"), dataclasses.asdict(options)]
+    tree = json.dumps([stamps, *decided, cell.measure], sort_keys=True)
     identity = hashlib.sha256(tree.encode()).hexdigest()[:16]
     rows = job.measured()
     for row in rows:
@@ -159,7 +175,8 @@ def measure_pair(job: Job, cell: CellConfig, translator: Translator, pair: Pair)
     ours, real = (
         gather_features(side, extractor, lambda mine: [mine], keep=keep) for side, keep in zip(sides, kept, strict=True)
     )
-    found = measure(ours, real, options, snapshot=made.snapshot, extra={"identity": identity, "pair": list(pair)})
+    extra = {"identity": identity, "pair": list(pair), "splits": splits}
+    found = measure(ours, real, options, snapshot=made.snapshot, extra=extra)
     new = [protocol.annotate(row) for row in found]
     write_lines([*rows, *new], job.record)
     forget(kept)
@@ -247,6 +264,8 @@ def measure_cell(job: Job, cell: CellConfig, runs: Runs) -> tuple[Any, dict[str,
 def write_table(name: str, config: Path, runs: Sequence[str], job: Job) -> Iterator[str]:
     """The table as Markdown, and OUT/NAME.jsonl; yields the lines to print."""
     tables = load_config(TablesConfig, config)
+    if name not in tables.tables:
+        raise UserError(f"{config} has no {name}, it has {', '.join(tables.tables) or 'no table'}")
     table = tables.tables[name]
     rows = [{"method": method, "from": tables.source, **dict(zip(table.columns, cells, strict=True))}
             for method, cells in table.published.items()]  # fmt: skip
@@ -264,7 +283,8 @@ def write_table(name: str, config: Path, runs: Sequence[str], job: Job) -> Itera
         lines = []
         for translator in opened.values():
             counts = " + ".join(map(_millions, (translator.autoencoder, translator.energy)))
-            cells = dict(zip(table.columns, (counts, _both_days(translator)), strict=True))
+            told = {"parameters": counts, "days_of_both": _both_days(translator)}
+            cells = {column: told.get(cell.measure, UNMEASURED) for column, cell in table.columns.items()}
             rows.append({"method": f"ours: {_run_of(translator).name}", "from": "counted here", **cells})
             lines.append({"table": name, "run": str(translator.origin), **cells})
         if not opened:

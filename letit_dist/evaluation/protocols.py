@@ -62,14 +62,25 @@ class ProtocolConfig(StrictConfig):
             raise UserError("\n".join([*(f"protocol {self.name}: {problem}" for problem in problems), hint]))
 
     def annotate(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of results, with what it may be compared with, and whether it is the number to report."""
+        """A row of results, with what it may be compared with, and whether it is the number to report.
+
+        `splits` of the row are those of the source and of the real images, None where nothing states them.
+        """
+        sides = zip(
+            ("source", "real"),
+            row.get("splits", (None, None)),
+            (self.source_split, self.reference_split),
+            strict=True,
+        )
+        unstated = [f"the {side} images are the {expected} split" for side, found, expected in sides if found is None]
+        condition = f"if {' and '.join(unstated)}, which nothing here states: " if unstated else ""
         return {
             **row,
             "protocol": self.name,
             "headline": row["metric"].endswith("_equal_n") == self.equal_counts,
             "aggregation": self.aggregation,
             "checkpoint": self.checkpoint,
-            "comparable_with": self.comparable_with
+            "comparable_with": condition + self.comparable_with
             if row["valid"]
             else "nothing: the network's weights are random or unverified",
             "not_comparable": self.not_comparable,
@@ -78,8 +89,9 @@ class ProtocolConfig(StrictConfig):
 
 def load_protocol(name: str, folder: Path) -> ProtocolConfig:
     """The protocol of `folder`/`name`.yaml; UserError that lists the known ones."""
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml") if "comparable_with" in p.read_text(encoding="utf-8"))
+    # Other files of evaluation lie beside them.
+    texts = {path.stem: path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.yaml"))}
+    known = [stem for stem, text in texts.items() if "comparable_with" in text]
+    if name not in known:
         raise UserError(f"no protocol {name!r}, known: {', '.join(known)}")
-    return load_config(ProtocolConfig, path)
+    return load_config(ProtocolConfig, folder / f"{name}.yaml")

@@ -46,6 +46,11 @@ class RunFolder:
     exports: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A part of the configuration; empty where there is none, or something else stands in its place."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
+
     @property
     def is_energy(self) -> bool:
         """Whether it is a run of stage 2."""
@@ -54,12 +59,12 @@ class RunFolder:
     @property
     def title(self) -> str:
         """What kind of run this is, in a few words."""
-        kind = (self.config.get("recipe") or {}).get("kind", "unknown recipe")
+        kind = self.section("recipe").get("kind", "unknown recipe")
         if self.is_energy:
-            data = self.config.get("data") or {}
+            data = self.section("data")
             sides = [Path(str(data[side])).name for side in ("source", "target") if data.get(side)]
             return f"stage 2: energy, {' to '.join(sides) or 'several domains'} ({kind})"
-        autoencoder = self.config.get("autoencoder") or {}
+        autoencoder = self.section("autoencoder")
         return f"stage 1: {autoencoder.get('kind', kind)} at {autoencoder.get('resolution', '?')} pixels"
 
 
@@ -72,7 +77,13 @@ def read_run(folder: Path, also: Sequence[Path] = ()) -> RunFolder:
         raise UserError(f"{folder} is no run folder (no {CONFIG}): name what --run was given in training")
     if missing := [path for path in also if not path.is_dir()]:
         raise UserError("\n".join(f"--also {path}: no such folder" for path in missing))
-    run = RunFolder(folder, (folder / CONFIG).read_text(encoding="utf-8"), read_tree(folder / CONFIG)[0])
+    try:
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{folder / CONFIG} is not UTF-8 text: it is damaged, or no configuration") from None
+    except OSError as error:
+        raise UserError(f"cannot read {folder / CONFIG}: {error.strerror}") from None
+    run = RunFolder(folder, text, read_tree(folder / CONFIG)[0])
     run.stats = [row for row in _lines(folder / STATS, run.absent) if isinstance(row.get("images_seen"), (int, float))]
     if not run.stats:
         run.absent.append(f"training curves: no line in {STATS}")

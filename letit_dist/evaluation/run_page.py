@@ -89,7 +89,7 @@ def _where(path: Path, folder: Path) -> str:
 
 def _summary(run: RunFolder) -> str:
     last = run.stats[-1]
-    wanted = (run.config.get("training") or {}).get("images")
+    wanted = run.section("training").get("images")
     seen = f"{last['images_seen']:,}" + (f" of {wanted:,}" if isinstance(wanted, int) else "")
     facts = {"images seen": seen, "reports": len(run.stats), "exports": ", ".join(run.exports) or "none"}
     facts |= {name: value for name, value in last.items() if name != "images_seen"}
@@ -176,7 +176,7 @@ def _table_of(path: Path, rows: Sequence[Mapping[str, Any]], folder: Path) -> st
     same = [n for n in names if len(rows) > 1 and all(n in row and row[n] == rows[0][n] for row in rows)]
     varying = [name for name in names if name not in same]
     invalid = any(row.get("valid") is False for row in rows)
-    warning = '<p class="invalid">Not valid: measured with random weights.</p>' if invalid else ""
+    warning = '<p class="invalid">Not valid: measured with random or unverified weights.</p>' if invalid else ""
     common = "; ".join(f"{name}: {_text(rows[0][name])}" for name in same)
     below = f'<p class="small">In all rows: {escape(common)}</p>' if common else ""
     if len(rows) == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +109,13 @@ def read_key(path: Path) -> dict[str, Any]:
 
 
 def read_votes(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Vote]:
-    """All votes of files that the page saved; UserError with every line that is of another study, or given twice."""
+    """All votes of files that the page saved; UserError with every file that is of another study or repeats votes of
+    another file, and every line that the study has no place for."""
     votes: list[Vote] = []
     seen: dict[tuple[str, str, int], Path] = {}
-    problems = []
-    for path in paths:
+    problems = [f"{path}: given twice, name it once" for path, times in Counter(paths).items() if times > 1]
+    for path in dict.fromkeys(paths):
+        again: Counter[tuple[str, Path]] = Counter()
         try:
             rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
         except (OSError, UnicodeDecodeError) as error:
@@ -120,17 +123,31 @@ def read_votes(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Vote]:
         if not rows or not set(COLUMNS) <= rows[0].keys():
             problems.append(f"{path}: no votes in it: columns {', '.join(COLUMNS)} were expected")
             continue
+        for other in dict.fromkeys(row["study"] for row in rows):
+            if other != key["study"]:
+                remedy = "name the key that was written beside that page"
+                problems.append(f"{path}: votes of study {other}, the key is of {key['study']}: {remedy}")
         for line, row in enumerate(rows, 2):
+            if row["study"] != key["study"]:
+                continue
             vote = _vote(row, key)
             if isinstance(vote, str):
                 problems.append(f"{path}, line {line}: {vote}")
                 continue
             place = (vote.rater, vote.question, vote.trial)
             if place in seen:
-                problems.append(f"{path}, line {line}: rater {vote.rater!r} has voted on this in {seen[place]}")
+                again[vote.rater, seen[place]] += 1
                 continue
             seen[place] = path
             votes.append(vote)
+        for (rater, other), count in again.items():
+            if other == path:
+                problems.append(
+                    f"{path}: rater {rater!r} has {count} votes more than once in it: keep one line of each"
+                )
+            else:
+                remedy = "leave one file out, or, if two people took one name, rename one in the column rater"
+                problems.append(f"{path}: rater {rater!r} has {count} votes in {other} already: {remedy}")
     if problems:
         more = f"\nand {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError("\n".join(problems[:8]) + more)
@@ -138,8 +155,6 @@ def read_votes(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Vote]:
 
 
 def _vote(row: Mapping[str, Any], key: Mapping[str, Any]) -> Vote | str:
-    if row["study"] != key["study"]:
-        return f"a vote of study {row['study']}, the key is of {key['study']}"
     if row["question"] not in key["questions"]:
         return f"question {row['question']!r}, the study has {', '.join(key['questions'])}"
     try:

@@ -144,7 +144,7 @@ def find_weights(key: str, folder: Path, vouched: str | None = None) -> tuple[Pa
 def import_weights(paths: Sequence[Path], folder: Path) -> list[str]:
     """Copy files that are recognised by their hash, whatever they are called, into `folder`; one line for each.
 
-    Raises UserError, before anything is copied, for those that are none of ours.
+    Raises UserError, before anything is copied, for those that are none of ours; and for a folder that takes none.
     """
     wanted, problems = [], []
     for path in paths:
@@ -163,13 +163,16 @@ def import_weights(paths: Sequence[Path], folder: Path) -> list[str]:
         )
     if problems:
         raise UserError("\n".join(problems))
-    folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for path, file in wanted:
-        beside = folder / f".{file.name}.part"
-        shutil.copyfile(path, beside)
-        os.replace(beside, folder / file.name)
-        lines.append(f"{file.key}: {path} -> {folder / file.name}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, file in wanted:
+            beside = folder / f".{file.name}.part"
+            shutil.copyfile(path, beside)
+            os.replace(beside, folder / file.name)
+            lines.append(f"{file.key}: {path} -> {folder / file.name}")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; name another --weights") from None
     return lines
 
 

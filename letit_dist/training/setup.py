@@ -100,9 +100,13 @@ def create_accelerator(
     return accelerator
 
 
-def join_ranks(timeout: float = 600.0) -> tuple[int, int, torch.device, Callable[[object], list[Any]]]:
+def join_ranks(timeout: float = 7 * 86_400.0) -> tuple[int, int, torch.device, Callable[[object], list[Any]]]:
     """(rank, world, device, gather) of this launch, for work that needs no training; `gather(mine)` gives what every
-    rank gave, in their order, to all."""
+    rank gave, in their order, to all.
+
+    Such ranks meet once, when their shares are done: one with a slower card or more left to do is late by hours, and
+    its launcher notices one that has died. So `timeout` (seconds) is a week.
+    """
     accelerator = create_accelerator(several_phases=False, timeout=timeout)
     place = accelerator.process_index, accelerator.num_processes, accelerator.device
     return *place, lambda mine: gather_object([mine])
