@@ -40,6 +40,7 @@ class Request:
     layout: str | None = None
     attribute: str | None = None
     column: str | None = None
+    image_column: str | None = None
 
 
 # Of a file: domain, split, path, what else is known.
