@@ -103,7 +103,10 @@ def main(argv: list[str] | None = None) -> int:
         training=config.training,
         intervals=config.intervals,
     )
-    sizes = [f"{name} ({len(side)} latents)" for name, side in zip(feed.names, sides, strict=True)]
+    sizes = [
+        f"{name} ({len(side)} latents{'' if side.fields else ', read from disk: too large for memory'})"
+        for name, side in zip(feed.names, sides, strict=True)
+    ]
     trainer.say(f"{', '.join(sizes[:-1])} {'and' if config.data.domains else 'to'} {sizes[-1]}; batch: {plan}")
     code = trainer.train()
     if code == 0:
