@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     autoencoder = load_autoencoder(find_folder(config.autoencoder))
     fingerprint = autoencoder.fingerprint()
     sides = [LatentSet.open(folder, autoencoder_fingerprint=fingerprint) for folder in config.data.folders]
-    feed = LatentFeed(*sides, seed=config.training.seed, every_way=bool(config.data.domains))
+    several, by_size = bool(config.data.domains), config.data.balance == "size"
+    feed = LatentFeed(*sides, seed=config.training.seed, every_way=several, by_size=by_size)
     unit = measure_unit(autoencoder, *sides)
     shifts = {
         (feed.names[source], feed.names[target]): MeanShift.fit(

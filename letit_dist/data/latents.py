@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -22,6 +23,7 @@ from letit_dist.errors import UserError
 from letit_dist.memory import available_bytes
 
 FIELDS = {"latents": ("latent",), "codes": ("top", "bottom")}
+ROUND = 4096
 SHARE = 0.8  # of the free memory that one encoded domain may take
 LATENT_DTYPES = ("float16", "float32", "float64")
 
@@ -221,7 +223,8 @@ class PairBatch:
 class LatentPairs:
     """The unpaired stream: each side has its own order and its own length, each sample once in its own epoch.
 
-    `pairs` are the (source, target) numbers of domains that have their turn, one after the other.
+    `pairs` are the (source, target) numbers of domains that have their turn, one after the other; or, `by_size`, each
+    in proportion to how many pairs of samples it has, as if one of all these were drawn.
     """
 
     def __init__(
@@ -233,32 +236,36 @@ class LatentPairs:
         rank: int = 0,
         world: int = 1,
         pairs: Sequence[tuple[int, int]] = ((0, 1),),
+        by_size: bool = False,
     ):
         self.sizes = tuple(sizes)
         self.pairs = tuple(pairs)
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         rank_positions(0, batch, rank, world)
-        # Position p is turn p // n of pair p % n. How many samples of its domain a pair's turn has before it, by side:
-        # those of earlier turns, and of earlier pairs in its own.
-        sides = list(zip(*self.pairs, strict=True))
-        self._uses = [[side.count(domain) for domain in side] for side in sides]
-        self._before = [[side[:i].count(domain) for i, domain in enumerate(side)] for side in sides]
+        # Position p is slot p % n of round p // n, and each slot belongs to a pair. How many samples of its domain
+        # a slot has before it, by side: those of earlier rounds, and of earlier slots in its own.
+        shares = [self.sizes[source] * self.sizes[target] for source, target in self.pairs] if by_size else None
+        self._slots = _round(len(self.pairs), shares)
+        sides = [np.asarray(side)[self._slots] for side in zip(*self.pairs, strict=True)]
+        self._domains = sides
+        self._uses = [np.bincount(side)[side] for side in sides]
+        self._before = [_earlier(side) for side in sides]
 
     def at(self, images_seen: int) -> PairBatch:
         """The batch that a run which has seen `images_seen` takes next: a pure function."""
         positions = rank_positions(images_seen, self.batch, self.rank, self.world)
-        turns, pair = np.divmod(positions, len(self.pairs))
-        source, target = (self._rows(side, turns, pair) for side in (0, 1))
-        return PairBatch(*map(torch.from_numpy, (positions, source, target, pair)))
+        rounds, slots = np.divmod(positions, len(self._slots))
+        source, target = (self._rows(side, rounds, slots) for side in (0, 1))
+        return PairBatch(*map(torch.from_numpy, (positions, source, target, self._slots[slots])))
 
-    def _rows(self, side: int, turns: np.ndarray[Any, Any], pair: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        rows = np.empty_like(pair)
-        for number in np.unique(pair).tolist():
-            here = pair == number
-            domain = self.pairs[number][side]
-            places = turns[here] * self._uses[side][number] + self._before[side][number]
+    def _rows(self, side: int, rounds: np.ndarray[Any, Any], slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        rows = np.empty_like(rounds)
+        domains = self._domains[side][slots]
+        places = rounds * self._uses[side][slots] + self._before[side][slots]
+        for domain in np.unique(domains).tolist():
+            here = domains == domain
             purpose = ("source", "target")[side] + (f" {domain}" if len(self.pairs) > 1 else "")
-            rows[here] = sample_at(places, self.seed, self.sizes[domain], purpose)
+            rows[here] = sample_at(places[here], self.seed, self.sizes[domain], purpose)
         return rows
 
     def stream(self, start: int) -> Iterator[PairBatch]:
@@ -266,6 +273,31 @@ class LatentPairs:
         while True:
             yield self.at(start)
             start += self.batch
+
+
+def _round(count: int, shares: Sequence[int] | None) -> np.ndarray[Any, Any]:
+    """Which of `count` pairs each slot of a round belongs to: int64 (slots,), each pair spread evenly over it.
+
+    `shares` are kept to a 4096th of the round; a pair has one slot at least.
+    """
+    if shares is None:
+        return np.arange(count)
+    whole = sum(shares)
+    turns = np.array([max(1, (share * ROUND + whole // 2) // whole) for share in shares])
+    turns //= np.gcd.reduce(turns)
+    # Integers, so that every platform has the same order: the turn j of n lies at (2j + 1) / 2n of the round.
+    least = math.lcm(*turns.tolist())
+    places = [((2 * j + 1) * (least // n), pair) for pair, n in enumerate(turns.tolist()) for j in range(n)]
+    return np.array([pair for _, pair in sorted(places)])
+
+
+def _earlier(side: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """How many earlier slots have the same domain: int64 (slots,)."""
+    found = np.empty_like(side)
+    for domain in np.unique(side).tolist():
+        here = side == domain
+        found[here] = np.arange(here.sum())
+    return found
 
 
 def pairs_of(domains: int) -> list[tuple[int, int]]:
