@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     autoencoder = load_autoencoder(find_folder(config.autoencoder))
     fingerprint = autoencoder.fingerprint()
     sides = [LatentSet.open(folder, autoencoder_fingerprint=fingerprint) for folder in config.data.folders]
-    feed = LatentFeed(*sides, seed=config.training.seed, every_way=bool(config.data.domains))
+    several, by_size = bool(config.data.domains), config.data.balance == "size"
+    feed = LatentFeed(*sides, seed=config.training.seed, every_way=several, by_size=by_size)
     unit = measure_unit(autoencoder, *sides)
     shifts = {
         (feed.names[source], feed.names[target]): MeanShift.fit(
@@ -103,7 +104,10 @@ def main(argv: list[str] | None = None) -> int:
         training=config.training,
         intervals=config.intervals,
     )
-    sizes = [f"{name} ({len(side)} latents)" for name, side in zip(feed.names, sides, strict=True)]
+    sizes = [
+        f"{name} ({len(side)} latents{'' if side.fields else ', read from disk: too large for memory'})"
+        for name, side in zip(feed.names, sides, strict=True)
+    ]
     trainer.say(f"{', '.join(sizes[:-1])} {'and' if config.data.domains else 'to'} {sizes[-1]}; batch: {plan}")
     code = trainer.train()
     if code == 0:

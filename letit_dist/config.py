@@ -157,6 +157,11 @@ class LatentsConfig(StrictConfig):
     domains: tuple[str, ...] = Field(
         (), description="two or more, for one energy that goes from each to each other (energy.condition_on)"
     )
+    balance: Literal["equal", "size"] = Field(
+        "equal",
+        description="of several domains: every pair of them equally often, or as often as it has pairs of images, so "
+        "that a larger domain is seen more",
+    )
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> LatentsConfig:
@@ -169,6 +174,8 @@ class LatentsConfig(StrictConfig):
             raise ValueError(f"two or more domains are needed, got only {self.domains[0]}")
         if len(set(self.folders)) < len(self.folders):
             raise ValueError(f"the same folder twice: {', '.join(map(str, self.folders))}")
+        if self.balance != "equal" and not self.domains:
+            raise ValueError("balance has no effect on a source and a target, which come in pairs: leave it out")
         return self
 
     @property

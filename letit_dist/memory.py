@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
+import resource
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +36,28 @@ LOOK = 384 << 20  # bytes of a measurement on several images
 UNSEEN = 2.0
 _MMAP_FROM, _TRIM_FROM = 4 << 20, 32 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+def available_bytes() -> int | None:
+    """How many bytes of main memory this process may still take, its share where a machine has several ranks.
+
+    The least of what the system has, the container's limit leaves and the process's own (ulimit -v) leaves; None
+    where the system tells none of them.
+    """
+    free = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        free.append(int(line.split()[1]) << 10)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    free = [value // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) for value in free]
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError, ValueError):
+        if soft != resource.RLIM_INFINITY:
+            free.append(soft - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
+    return max(min(free), 0) if free else None
 
 
 class Weighted(Protocol):

@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--split", metavar="NAME", help="of a set with splits: pack this one only; else what all of it is called")
     add("--attribute", metavar="NAME", help="CelebA, CelebAMask-HQ: domains by this attribute, e.g. Male")
     add("--column", metavar="NAME", help="tables, parquet, StyleGAN zip (label): domains by this column")
+    add("--image-column", metavar="NAME", help="parquet with several columns of images: take this one")
     add("--holdout", type=int, metavar="N", help="of a set without splits: N images to OUT/test, the rest to OUT/train")
     add("--max-bad-fraction", type=float, default=0.05, metavar="F", help="stop past this unreadable share (0.05)")
     add("--workers", type=int, default=0, metavar="N", help="extra processes; the result does not depend on it")
@@ -78,6 +79,7 @@ def main() -> int:
         layout=args.layout,
         attribute=args.attribute,
         column=args.column,
+        image_column=args.image_column,
     )
     print(find(args.source, args.layout).line(args.source), flush=True)
     parts = open_source(args.source, request)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from letit_dist.data.index import INDEX_NAME
 from letit_dist.data.reader import ShardDataset
+from letit_dist.data.source_base import walk
 from letit_dist.data.transforms import IMAGE_EXTENSIONS, UnreadableImage, decode, fast_decoders, resize_crop
 from letit_dist.errors import UserError
 
@@ -131,8 +132,8 @@ class _Shards(Images):
 
 
 def open_images(path: Path, resolution: int, limit: int | None = None, max_bad_fraction: float = 0.05) -> Images:
-    """The images of a file, a folder (subfolders included, hidden files not, sorted by name) or a shard folder, at
-    most `limit`.
+    """The images of a file, a folder (subfolders and linked ones included, hidden folders and files not, sorted by
+    name) or a shard folder, at most `limit`.
 
     Each is cropped to its centred square and resized to `resolution`. Raises UserError for a missing path and
     a folder without images.
@@ -144,8 +145,7 @@ def open_images(path: Path, resolution: int, limit: int | None = None, max_bad_f
         return _Files([path], path.parent, resolution, max_bad_fraction)
     if not path.is_dir():
         raise UserError(f"no such image or folder: {path}")
-    known = (p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-    paths = sorted(p for p in known if not p.name.startswith(".") and not p.is_dir())
+    paths = sorted(path / name for name in walk(path)[0])
     if not paths:
         raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_EXTENSIONS))}) and is no shard folder")
     return _Files(paths[:limit], path, resolution, max_bad_fraction)

@@ -1,9 +1,10 @@
-"""Encoded domains: written once by the frozen autoencoder, read whole into memory, dealt out unpaired."""
+"""Encoded domains: written once by the frozen autoencoder, read whole into memory if they fit, dealt out unpaired."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -14,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from letit_dist.data.index import INDEX_NAME, Index
+from letit_dist.data.index import INDEX_NAME
 from letit_dist.data.order import rank_positions, sample_at
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
+from letit_dist.memory import available_bytes
 
 FIELDS = {"latents": ("latent",), "codes": ("top", "bottom")}
+ROUND = 4096
+SHARE = 0.8  # of the free memory that one encoded domain may take
 LATENT_DTYPES = ("float16", "float32", "float64")
 
 
@@ -99,15 +103,21 @@ class LatentWriter:
 
 
 class LatentSet:
-    """One encoded domain in memory: `fields` as stored (compact), `take` as the models want them."""
+    """One encoded domain: `take` gives rows as the models want them.
 
-    def __init__(self, folder: Path, index: Index, fields: dict[str, Tensor], keys: list[str], notes: list[bytes]):
-        self.folder, self.meta, self.kind = folder, index.meta, index.kind
-        self.fields, self.keys, self._json = fields, keys, notes
+    `fields` holds all of it as stored (compact); it is empty where that does not fit into memory, and `take` then reads
+    the rows from the shards.
+    """
+
+    def __init__(self, dataset: ShardDataset, fields: dict[str, Tensor], notes: list[bytes]):
+        index = dataset.indexes[0]
+        self.folder, self.meta, self.kind = Path(index.folder), index.meta, index.kind
+        self.fields, self._json, self._dataset = fields, notes, dataset
+        self.keys = [index.key(sample) for sample in range(len(index))]
 
     @classmethod
     def open(cls, folder: str | Path, *, autoencoder_fingerprint: str | None = None) -> LatentSet:
-        """Read everything; raises UserError if these were encoded by another autoencoder, or are not latents.
+        """Read everything that fits; raises UserError if another autoencoder encoded these, or they are not latents.
 
         Without a fingerprint nothing is compared (looking at shards, not training on them).
         """
@@ -125,33 +135,64 @@ class LatentSet:
                 "use that one, or encode again: python launch/encode_latents.py --autoencoder AUTOENCODER "
                 "--shards IMAGES --out ANOTHER_FOLDER"
             )
-        fields: dict[str, Tensor] = {}
+        first = _rows_of(dataset, 0)
+        fields = _space(first, len(dataset))
+        if not fields:
+            return cls(dataset, {}, [])
         notes: list[bytes] = []
         for sample in range(len(dataset)):
             files = dataset.read(sample)
-            for name in FIELDS[index.kind]:
-                array = _load(files, name, dataset, sample)
-                if name not in fields:
-                    fields[name] = torch.empty((len(dataset), *array.shape), dtype=array.dtype)
-                if array.shape != fields[name].shape[1:] or array.dtype != fields[name].dtype:
-                    expected = f"{fields[name].dtype} {tuple(fields[name].shape[1:])}"
-                    got = f"{array.dtype} {tuple(array.shape)}"
-                    raise UserError(f"{dataset.place(sample)}.{name}.npy: {got}, the others are {expected}")
-                fields[name][sample] = array
+            for name, value in _rows_of(dataset, sample, files, like=first).items():
+                fields[name][sample] = value
             notes.append(files.get("json", b""))
-        return cls(folder, index, fields, [index.key(sample) for sample in range(len(index))], notes)
+        return cls(dataset, fields, notes)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def json(self, sample: int) -> dict[str, Any]:
         """What the image's `json` file said, or {}."""
-        return json.loads(self._json[sample]) if self._json[sample] else {}
+        found = self._json[sample] if self.fields else self._dataset.read(sample).get("json")
+        return json.loads(found) if found else {}
 
     def take(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
         """Rows of every field: latents as float32 (B, *L) (float64 stays), codes as int64 (B, h, w)."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        return {name: _widen(field[indices]) for name, field in self.fields.items()}
+        if self.fields:
+            return {name: _widen(field[indices]) for name, field in self.fields.items()}
+        first = _rows_of(self._dataset, 0)
+        rows = [_rows_of(self._dataset, sample, like=first) for sample in indices.tolist()]
+        return {name: _widen(torch.stack([row[name] for row in rows])) for name in first}
+
+
+def _space(first: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Memory for `count` samples like the first, or {} where there is not enough of it."""
+    needed = count * sum(value.nbytes for value in first.values())
+    free = available_bytes()
+    if free is not None and needed > SHARE * free:
+        return {}
+    try:
+        return {name: torch.empty((count, *value.shape), dtype=value.dtype) for name, value in first.items()}
+    except RuntimeError:  # the system did not say so before
+        return {}
+
+
+def _rows_of(
+    dataset: ShardDataset,
+    sample: int,
+    files: Mapping[str, bytes] | None = None,
+    *,
+    like: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Every field of one sample; raises UserError where one is not as the first sample's in `like`."""
+    files = dataset.read(sample) if files is None else files
+    found = {name: _load(files, name, dataset, sample) for name in FIELDS[dataset.indexes[0].kind]}
+    for name, value in found.items():
+        if like is not None and (value.shape != like[name].shape or value.dtype != like[name].dtype):
+            expected = f"{like[name].dtype} {tuple(like[name].shape)}"
+            got = f"{value.dtype} {tuple(value.shape)}"
+            raise UserError(f"{dataset.place(sample)}.{name}.npy: {got}, the others are {expected}")
+    return found
 
 
 def _widen(field: Tensor) -> Tensor:
@@ -182,7 +223,8 @@ class PairBatch:
 class LatentPairs:
     """The unpaired stream: each side has its own order and its own length, each sample once in its own epoch.
 
-    `pairs` are the (source, target) numbers of domains that have their turn, one after the other.
+    `pairs` are the (source, target) numbers of domains that have their turn, one after the other; or, `by_size`, each
+    in proportion to how many pairs of samples it has, as if one of all these were drawn.
     """
 
     def __init__(
@@ -194,32 +236,36 @@ class LatentPairs:
         rank: int = 0,
         world: int = 1,
         pairs: Sequence[tuple[int, int]] = ((0, 1),),
+        by_size: bool = False,
     ):
         self.sizes = tuple(sizes)
         self.pairs = tuple(pairs)
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         rank_positions(0, batch, rank, world)
-        # Position p is turn p // n of pair p % n. How many samples of its domain a pair's turn has before it, by side:
-        # those of earlier turns, and of earlier pairs in its own.
-        sides = list(zip(*self.pairs, strict=True))
-        self._uses = [[side.count(domain) for domain in side] for side in sides]
-        self._before = [[side[:i].count(domain) for i, domain in enumerate(side)] for side in sides]
+        # Position p is slot p % n of round p // n, and each slot belongs to a pair. How many samples of its domain
+        # a slot has before it, by side: those of earlier rounds, and of earlier slots in its own.
+        shares = [self.sizes[source] * self.sizes[target] for source, target in self.pairs] if by_size else None
+        self._slots = _round(len(self.pairs), shares)
+        sides = [np.asarray(side)[self._slots] for side in zip(*self.pairs, strict=True)]
+        self._domains = sides
+        self._uses = [np.bincount(side)[side] for side in sides]
+        self._before = [_earlier(side) for side in sides]
 
     def at(self, images_seen: int) -> PairBatch:
         """The batch that a run which has seen `images_seen` takes next: a pure function."""
         positions = rank_positions(images_seen, self.batch, self.rank, self.world)
-        turns, pair = np.divmod(positions, len(self.pairs))
-        source, target = (self._rows(side, turns, pair) for side in (0, 1))
-        return PairBatch(*map(torch.from_numpy, (positions, source, target, pair)))
+        rounds, slots = np.divmod(positions, len(self._slots))
+        source, target = (self._rows(side, rounds, slots) for side in (0, 1))
+        return PairBatch(*map(torch.from_numpy, (positions, source, target, self._slots[slots])))
 
-    def _rows(self, side: int, turns: np.ndarray[Any, Any], pair: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        rows = np.empty_like(pair)
-        for number in np.unique(pair).tolist():
-            here = pair == number
-            domain = self.pairs[number][side]
-            places = turns[here] * self._uses[side][number] + self._before[side][number]
+    def _rows(self, side: int, rounds: np.ndarray[Any, Any], slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        rows = np.empty_like(rounds)
+        domains = self._domains[side][slots]
+        places = rounds * self._uses[side][slots] + self._before[side][slots]
+        for domain in np.unique(domains).tolist():
+            here = domains == domain
             purpose = ("source", "target")[side] + (f" {domain}" if len(self.pairs) > 1 else "")
-            rows[here] = sample_at(places, self.seed, self.sizes[domain], purpose)
+            rows[here] = sample_at(places[here], self.seed, self.sizes[domain], purpose)
         return rows
 
     def stream(self, start: int) -> Iterator[PairBatch]:
@@ -227,6 +273,31 @@ class LatentPairs:
         while True:
             yield self.at(start)
             start += self.batch
+
+
+def _round(count: int, shares: Sequence[int] | None) -> np.ndarray[Any, Any]:
+    """Which of `count` pairs each slot of a round belongs to: int64 (slots,), each pair spread evenly over it.
+
+    `shares` are kept to a 4096th of the round; a pair has one slot at least.
+    """
+    if shares is None:
+        return np.arange(count)
+    whole = sum(shares)
+    turns = np.array([max(1, (share * ROUND + whole // 2) // whole) for share in shares])
+    turns //= np.gcd.reduce(turns)
+    # Integers, so that every platform has the same order: the turn j of n lies at (2j + 1) / 2n of the round.
+    least = math.lcm(*turns.tolist())
+    places = [((2 * j + 1) * (least // n), pair) for pair, n in enumerate(turns.tolist()) for j in range(n)]
+    return np.array([pair for _, pair in sorted(places)])
+
+
+def _earlier(side: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """How many earlier slots have the same domain: int64 (slots,)."""
+    found = np.empty_like(side)
+    for domain in np.unique(side).tolist():
+        here = side == domain
+        found[here] = np.arange(here.sum())
+    return found
 
 
 def pairs_of(domains: int) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from letit_dist.data.source_base import Item, Part, Source
 from letit_dist.data.transforms import (
     FILTERS,
     FORMATS,
+    IMAGE_EXTENSIONS,
     UnreadableImage,
     decode,
     default_quality,
@@ -192,6 +193,8 @@ def _misnamed(content: bytes, metadata: dict[str, Any]) -> list[str]:
     """A note where a file's name says another format than its bytes."""
     named = str(metadata.get("file", "")).rpartition(".")[2].lower()
     named = {"jpeg": "jpg", "tiff": "tif"}.get(named, named)
+    if named not in IMAGE_EXTENSIONS and named != "tif":
+        return []  # it says none: a row of a table has a number, not an ending
     found = image_type(content)
     return [f"{found.upper()} named .{named}"] if found and found != named else []
 

@@ -40,6 +40,7 @@ class Request:
     layout: str | None = None
     attribute: str | None = None
     column: str | None = None
+    image_column: str | None = None
 
 
 # Of a file: domain, split, path, what else is known.
@@ -210,10 +211,20 @@ def is_image(name: str) -> bool:
 
 
 def walk(folder: str | Path) -> tuple[list[str], int]:
-    """(sorted relative paths of all images below, number of other files)."""
+    """(sorted relative paths of all images below, number of other files).
+
+    Linked folders are walked, hidden ones are not; nor is a link to a folder above itself, which would never end.
+    """
     paths, other = [], 0
-    for root, _, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, followlinks=True):
         inside = Path(root).relative_to(folder)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if links := [name for name in folders if Path(root, name).is_symlink()]:
+            way = [Path(root), *list(Path(root).parents)[: len(inside.parts)]]
+            above = {real for path in way for real in (path.resolve(), *path.resolve().parents)}
+            for name in links:
+                if Path(root, name).resolve() in above:
+                    folders.remove(name)
         for name in names:
             if is_image(name):
                 paths.append((inside / name).as_posix())

@@ -136,11 +136,14 @@ class _AttributedFaces(Layout):
     @classmethod
     def _found(cls, spec: str) -> tuple[Path, Path, str] | None:
         """(root, table, folder of the images below root)."""
-        for root in (Path(spec), Path(spec).parent):
+        asked = Path(spec).resolve()
+        for root in (Path(spec), *list(Path(spec).absolute().parents)[:3]):
             table = _first(root, cls.TABLES)
-            inside = next((name for name in cls.FOLDERS if first_images(root / name, 1)), None)
-            if table and inside and (root == Path(spec) or (root / inside).resolve() == Path(spec).resolve()):
-                return root, table, inside
+            for inside in cls.FOLDERS if table else ():
+                images = (root / inside).resolve()
+                # The root, the images, or a folder between them: Kaggle's images lie in two folders of one name.
+                if table and asked in (root.resolve(), images, *images.parents) and first_images(images, 1):
+                    return root, table, inside
         return None
 
     @classmethod

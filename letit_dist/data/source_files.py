@@ -28,8 +28,13 @@ from letit_dist.data.source_base import (
 )
 from letit_dist.errors import UserError
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+SPLITS = {
+    **{name: "train" for name in ("train", "training")},
+    **{name: "val" for name in ("val", "valid", "validation")},
+    **{name: "test" for name in ("test", "testing")},
+}
 PATH_COLUMNS = ("file_name", "filename", "file", "path", "filepath", "image", "image_path", "image_id")
+MOST_DEPTH = 4  # of folders in which the name of a split is looked for
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
@@ -43,13 +48,33 @@ class FolderLayout(Layout):
         if not Path(spec).is_dir():
             return None
         inside = [name for name in subfolders(spec) if first_images(Path(spec, name), 1)]
-        if 2 <= len(inside) <= 20 and not first_images(spec, 1):
+        splits = any(name.lower() in SPLITS for name in inside)
+        if 2 <= len(inside) <= 20 and not splits and not first_images(spec, 1):
             return f"all images below it together; for its folders {', '.join(inside)} as domains: --layout domains"
         return "all images below it"
 
     @classmethod
     def parts(cls, spec: str, request: Request) -> list[Part]:
-        return [Part("", request.domain, request.split, FileSource(spec, images_below(spec)))]
+        paths = images_below(spec)
+        if request.layout != cls.name:
+            _refuse_mixed_splits(spec, paths)
+        return [Part("", request.domain, request.split, FileSource(spec, paths))]
+
+
+def _refuse_mixed_splits(spec: str, paths: list[str]) -> None:
+    """Raise UserError where folders called after splits hold a part of the images only: all would become one."""
+    found: dict[str | None, str] = {}
+    for path in paths:
+        inside = path.split("/")[:-1][:MOST_DEPTH]
+        depth = next((n for n, name in enumerate(inside, 1) if name.lower() in SPLITS), None)
+        split = None if depth is None else SPLITS[inside[depth - 1].lower()]
+        found.setdefault(split, "other folders" if depth is None else "/".join(inside[:depth]))
+    if len(found) > 1:
+        listed = ", ".join(sorted(found.values(), key=lambda name: (name == "other folders", name)))
+        raise UserError(
+            f"{spec}: no known layout, and the splits in it would be mixed: images in {listed}; name the folder of one "
+            "split, or its folder of splits, or take all together by --layout folder (shards/pack.py)"
+        )
 
 
 class DomainsLayout(Layout):

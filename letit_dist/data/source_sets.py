@@ -19,6 +19,7 @@ from letit_dist.data.source_base import (
     subfolders,
     walk,
 )
+from letit_dist.data.source_files import SPLITS
 from letit_dist.errors import UserError
 
 SYNSET = re.compile(r"n\d{8}")
@@ -35,8 +36,8 @@ class ImageNetLayout(Layout):
 
     @staticmethod
     def _root(spec: str) -> Path:
-        inner = Path(spec, "Data", "CLS-LOC")
-        return inner if inner.is_dir() else Path(spec)
+        inner = (Path(spec, above, "Data", "CLS-LOC") for above in ("", "ILSVRC"))
+        return next((path for path in inner if path.is_dir()), Path(spec))
 
     @staticmethod
     def recognise(spec: str) -> str | None:
@@ -95,6 +96,7 @@ def _ground_truth(spec: str, root: Path) -> list[int] | None:
 class SplitDomainsLayout(Layout):
     """split/domain/images: AFHQ v1 (train, val) and v2 (train, test), CelebA-HQ of StarGAN v2, and any other.
 
+    The folders of splits may be called training, validation, valid and testing too, in any case.
     More than MOST_DOMAINS are classes of one domain; images right in the folders of splits have none.
     """
 
@@ -103,26 +105,32 @@ class SplitDomainsLayout(Layout):
     KNOWN = {frozenset({"cat", "dog", "wild"}): "AFHQ", frozenset({"female", "male"}): "CelebA-HQ of StarGAN v2"}
 
     @staticmethod
-    def _found(spec: str) -> dict[str, list[str]]:
-        """Split -> its domains, each with images; [""] where the images are right inside."""
-        found = {}
-        for split in ("train", "val", "test"):
-            inside = [name for name in subfolders(Path(spec, split)) if first_images(Path(spec, split, name), 1)]
-            if inside or first_images(Path(spec, split), 1):
-                found[split] = inside or [""]
-        return found
+    def _found(spec: str) -> dict[str, tuple[str, list[str]]]:
+        """Split -> (its folder, its domains, each with images); [""] where the images are right inside."""
+        found: dict[str, tuple[str, list[str]]] = {}
+        for folder in subfolders(spec):
+            if (split := SPLITS.get(folder.lower())) is None:
+                continue
+            inside = [name for name in subfolders(Path(spec, folder)) if first_images(Path(spec, folder, name), 1)]
+            if inside or first_images(Path(spec, folder), 1):
+                if split in found:
+                    return {}  # train beside training: nothing says what is what
+                found[split] = folder, inside or [""]
+        return {split: found[split] for split in ("train", "val", "test") if split in found}
 
     @staticmethod
     def recognise(spec: str) -> str | None:
         found = SplitDomainsLayout._found(spec)
-        if "train" not in found or len(found) < 2 or set().union(*found.values()) != set(found["train"]):
+        domains = [names for _, names in found.values()]
+        if "train" not in found or len(found) < 2 or set().union(*domains) != set(domains[0]):
             return None
-        if found["train"] == [""]:
-            return f"folders of splits ({', '.join(found)})"
-        if len(found["train"]) > SplitDomainsLayout.MOST_DOMAINS:
-            return f"folders of splits ({', '.join(found)}) with {len(found['train'])} classes"
-        listed = "; ".join(f"{split}: {', '.join(names)}" for split, names in found.items())
-        return f"{SplitDomainsLayout.KNOWN.get(frozenset(found['train']), 'a folder a split and domain')} ({listed})"
+        folders = ", ".join(folder for folder, _ in found.values())
+        if domains[0] == [""]:
+            return f"folders of splits ({folders})"
+        if len(domains[0]) > SplitDomainsLayout.MOST_DOMAINS:
+            return f"folders of splits ({folders}) with {len(domains[0])} classes"
+        listed = "; ".join(f"{folder}: {', '.join(names)}" for folder, names in found.values())
+        return f"{SplitDomainsLayout.KNOWN.get(frozenset(domains[0]), 'a folder a split and domain')} ({listed})"
 
     @classmethod
     def parts(cls, spec: str, request: Request) -> list[Part]:
@@ -131,11 +139,11 @@ class SplitDomainsLayout(Layout):
             raise UserError(f"{spec}: no folders train/DOMAIN with images here")
         # AFHQ v1 and CelebA-HQ call val what AFHQ v2 and the papers call test.
         held_out = {"val": "test"} if "test" not in found else {}
-        classes = max(map(len, found.values())) > cls.MOST_DOMAINS
+        classes = max(len(names) for _, names in found.values()) > cls.MOST_DOMAINS
         files = []
-        for split, domains in found.items():
+        for split, (folder, domains) in found.items():
             for name in domains:
-                inside = f"{split}/{name}".rstrip("/")
+                inside = f"{folder}/{name}".rstrip("/")
                 domain, known = (None, {"class": name}) if classes else (name or None, {})
                 paths = walk(Path(spec, inside))[0]
                 files += [(domain, held_out.get(split, split), f"{inside}/{path}", known) for path in paths]

@@ -74,8 +74,12 @@ def find(spec: str, layout: str | None = None) -> Found:
 def open_source(spec: str, request: Request) -> list[Part]:
     """The parts of whatever `spec` names; raises UserError if no layout recognises it, or honours an option given."""
     layout = find(spec, request.layout).layout
-    options = ("count", "test", "seed", "domain", "split", "attribute", "column")
-    given = [f"--{name}" for name in options if getattr(request, name) is not None and name not in layout.takes]
+    options = ("count", "test", "seed", "domain", "split", "attribute", "column", "image_column")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in options
+        if getattr(request, name) is not None and name not in layout.takes
+    ]
     if given:
         kind = "the folder " if Path(spec).is_dir() else ""
         taken = "" if layout is FruitLayout else f" (taken for {layout.name})"

@@ -124,13 +124,14 @@ class LatentFeed:
     """Encoded domains, unpaired: data {"source.<field>", "target.<field>"} as they are stored.
 
     Two of them are source and target; `every_way` goes from each to each other, and data has "pair" (B,) too, the
-    number of the (source, target) in `pairs`.
+    number of the (source, target) in `pairs`. These have their turns equally often, or `by_size` (see LatentPairs).
     """
 
-    def __init__(self, *domains: LatentSet, seed: int, every_way: bool = False):
+    def __init__(self, *domains: LatentSet, seed: int, every_way: bool = False, by_size: bool = False):
         self.domains = domains
         self.seed = seed
         self.every_way = every_way
+        self.by_size = by_size
         self.pairs = pairs_of(len(domains)) if every_way else [(0, 1)]
         self.names = [domain.meta["domain"] for domain in domains]
         if every_way and len(set(self.names)) < len(domains):
@@ -164,7 +165,9 @@ class LatentFeed:
     ) -> Iterator[Batch]:
         """This rank's share of every global batch: as many source as target samples, each domain in its own order."""
         sizes = [len(domain) for domain in self.domains]
-        pairs = LatentPairs(sizes, seed=self.seed, batch=batch, rank=rank, world=ranks, pairs=self.pairs)
+        pairs = LatentPairs(
+            sizes, seed=self.seed, batch=batch, rank=rank, world=ranks, pairs=self.pairs, by_size=self.by_size
+        )
         for number, item in enumerate(pairs.stream(images_seen)):
             yield self._batch(item, images_seen + number * batch, batch)
 
