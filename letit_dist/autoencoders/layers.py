@@ -65,8 +65,12 @@ class StridedEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, channels, H / stride, W / stride), not negative."""
-        x = convolve(self.convs[0], x)
-        for conv in self.convs[1:]:
+        first, second, *others = self.convs
+        inputs, x = x, convolve(first, x)
+        # Of images it is the largest map, and the cheapest to compute.
+        again = (lambda: first(inputs)) if x.numel() > inputs.numel() else None
+        x, _ = rectify_and_convolve(second, x, overwrite=True, again=again)
+        for conv in others:
             x, _ = rectify_and_convolve(conv, x, overwrite=True)
         for block in self.blocks:
             x = block(x)
