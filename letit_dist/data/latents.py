@@ -213,6 +213,8 @@ class LatentPairs:
         return PairBatch(*map(torch.from_numpy, (positions, source, target, pair)))
 
     def _rows(self, side: int, turns: np.ndarray, pair: np.ndarray) -> np.ndarray:
+        if len(self.pairs) == 1:  # the same in fewer operations: beside a small energy they count
+            return sample_at(turns, self.seed, self.sizes[self.pairs[0][side]], ("source", "target")[side])
         rows = np.empty_like(pair)
         for number in np.unique(pair).tolist():
             here = pair == number
