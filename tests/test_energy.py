@@ -321,6 +321,34 @@ def test_loss_is_eq_2(energy):
     assert translated.grad is None
 
 
+@pytest.mark.parametrize("unit", [1.0, 1.7])
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_the_mlps_closed_form_of_eq_2_is_autograds(layers, activation, unit):
+    torch.manual_seed(0)
+    config = MLPEnergyConfig(layers=layers, hidden=12, activation=activation, latent_unit=unit)
+    energy = build_energy(config, (2, 3)).double()
+    target, translated = some(energy, 5, dtype=torch.float64), some(energy, 3, seed=2, dtype=torch.float64)
+    expected = energy(target).mean() - energy(translated).mean()
+    # Scaled, as by an accumulation of microbatches.
+    gradients = torch.autograd.grad(expected / 3, list(energy.parameters()))
+    loss, means = energy.contrast(target, translated)
+    found = torch.autograd.grad(loss / 3, list(energy.parameters()))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(means, torch.stack([energy(target).mean(), energy(translated).mean()]).detach())
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_where_eq_2_is_left_to_autograd():
+    energy = build_energy(MLPEnergyConfig(hidden=8), (4,))
+    target, translated = some(energy), some(energy, seed=2)
+    assert energy.contrast(target.clone().requires_grad_(), translated) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert energy.contrast(target, translated) is None
+    assert energy.contrast(target, translated) is not None
+
+
 def test_l2_of_the_energies(energy):
     target, translated = some(energy, 4), some(energy, 3, seed=2)
     plain, _ = contrastive_loss(energy, target, translated)

@@ -71,7 +71,9 @@ def test_the_mlps_slope_is_that_of_autograd(start, layers, activation, unit):
     descend = mlp.descent()
     assert (descend is None) == (layers == 0)
     if descend:
-        torch.testing.assert_close(descend(start, 0.7), start - 0.7 * expected, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(descend(start, 0.7, 1), start - 0.7 * expected, rtol=1e-12, atol=1e-15)
+        twice = descend(descend(start, 0.7, 1), 0.7, 1)
+        torch.testing.assert_close(descend(start, 0.7, 2), twice, rtol=1e-12, atol=1e-15)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert mlp.descent() is None  # whose step would be in bfloat16
 

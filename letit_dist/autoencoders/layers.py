@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from letit_dist.autoencoders.convolution import convolve, rectify_and_convolve
+
 
 class LayerNoise(nn.Module):
     """x + weight * noise with one learnt scalar a layer, zero at the start (LETIT; one a channel in StyleGAN)."""
@@ -41,8 +43,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, noise: Iterator[Tensor] | None = None) -> Tensor:
         """(B, C, H, W) to the same shape; takes two maps from `noise` where the block has noise layers."""
-        start = F.relu(x)
-        h = self.conv1(start)
+        h, start = rectify_and_convolve(self.conv1, x, overwrite=self.relu_skip)
         if self.noise1 is not None and noise is not None:
             h = self.noise1(h, next(noise))
         h = self.conv2(F.relu(h, inplace=True))
@@ -64,9 +65,13 @@ class StridedEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, channels, H / stride, W / stride), not negative."""
-        for conv in self.convs[:-1]:
-            x = F.relu(conv(x), inplace=True)
-        x = self.convs[-1](x)
+        first, second, *others = self.convs
+        inputs, x = x, convolve(first, x)
+        # Of images it is the largest map, and the cheapest to compute.
+        again = (lambda: first(inputs)) if x.numel() > inputs.numel() else None
+        x, _ = rectify_and_convolve(second, x, overwrite=True, again=again)
+        for conv in others:
+            x, _ = rectify_and_convolve(conv, x, overwrite=True)
         for block in self.blocks:
             x = block(x)
         return F.relu(x)
@@ -103,11 +108,11 @@ class StridedDecoder(nn.Module):
 
     def forward(self, x: Tensor, noise: Iterator[Tensor] | None = None) -> Tensor:
         """(B, inputs, h, w) to (B, outputs, h * stride, w * stride); takes its maps from `noise` in order."""
-        x = self.conv(x)
+        x = convolve(self.conv, x)
         for block in self.blocks:
             x = block(x, noise)
         for up in self.ups[:-1]:
-            x = up(F.relu(x))
+            x, _ = rectify_and_convolve(up, x, overwrite=True)
             if self.noise is not None and noise is not None:
                 x = self.noise(x, next(noise))
-        return self.ups[-1](F.relu(x))
+        return rectify_and_convolve(self.ups[-1], x, overwrite=True)[0]

@@ -124,7 +124,7 @@ class Quantizer(nn.Module):
                 if collect:
                     self._collect(rows, nearest, place)
             z = z.to(rows.dtype)
-            commitment = F.mse_loss(z, quantised)
+            commitment = F.mse_loss(z, quantised).clone()  # the scalar itself holds memory as large as z
             # z - sg(z) is exactly 0: the values are the codes, unlike z + sg(q - z), which rounds.
             return quantised + (z - z.detach()), commitment, codes
 

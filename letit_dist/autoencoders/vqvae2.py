@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -117,8 +118,16 @@ class VQVAE2(Autoencoder):
         bottom = self.bottom_encoder(images)
         top = self.top_quantizer.lookup(self.top_projection(self.top_encoder(bottom)))
         context = self.top_decoder(self.top_quantizer.embed_codes(top))
-        bottom = self.bottom_quantizer.lookup(self.bottom_projection(torch.cat([context, bottom], 1)))
+        bottom = self.bottom_quantizer.lookup(self._project(context, bottom))
         return {"top": top, "bottom": bottom}
+
+    def _project(self, context: Tensor, bottom: Tensor) -> Tensor:
+        """(B, code_dim, h, w) and (B, channels, h, w) to (B, code_dim, h, w): `bottom_projection` of both joined.
+
+        Without joining them: the joined map would be kept for the backward pass, beside its parts.
+        """
+        of_context, of_bottom = self.bottom_projection.weight.split([context.shape[1], bottom.shape[1]], 1)
+        return F.conv2d(context, of_context) + F.conv2d(bottom, of_bottom, self.bottom_projection.bias)
 
     def latents_from_codes(self, codes: dict[str, Tensor]) -> Tensor:
         """{"top": (B, H/8, W/8), "bottom": (B, H/4, W/4)} to latents (B, 2 * code_dim, H/4, W/4).
@@ -198,7 +207,7 @@ class VQVAE2(Autoencoder):
         bottom = recomputed(self.bottom_encoder, images, when=self._recompute)
         top = self.top_projection(self.top_encoder(bottom))
         top, commitment_top, _ = self.top_quantizer(top, collect=self.training, place=place)
-        bottom = self.bottom_projection(torch.cat([self.top_decoder(top), bottom], 1))
+        bottom = self._project(self.top_decoder(top), bottom)
         bottom, commitment_bottom, _ = self.bottom_quantizer(bottom, collect=self.training, place=place)
         latents = torch.cat([self.top_upsample(top), bottom], 1)
         drawn = self._noise_for(latents, noise, generator)

@@ -259,6 +259,8 @@ class LatentPairs:
         return PairBatch(*map(torch.from_numpy, (positions, source, target, self._slots[slots])))
 
     def _rows(self, side: int, rounds: np.ndarray[Any, Any], slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if len(self.pairs) == 1:  # the same in fewer operations: beside a small energy they count
+            return sample_at(rounds, self.seed, self.sizes[self.pairs[0][side]], ("source", "target")[side])
         rows = np.empty_like(rounds)
         domains = self._domains[side][slots]
         places = rounds * self._uses[side][slots] + self._before[side][slots]

@@ -58,6 +58,8 @@ def sample_at(positions: np.ndarray[Any, Any], seed: int, count: int, purpose: s
     """Samples (int64, same shape) at stream positions of a data set with `count` samples."""
     positions = np.asarray(positions, dtype=np.int64)
     epochs, slots = np.divmod(positions, count)
+    if positions.size and (epoch := int(epochs.min())) == epochs.max():
+        return permutation(seed, epoch, count, purpose)[slots]
     samples = np.empty_like(positions)
     for epoch in np.unique(epochs).tolist():
         inside = epochs == epoch

@@ -98,16 +98,19 @@ class LangevinSampler:
             shift = torch.zeros_like(z) if keep_shift else None
             steps = torch.full((len(z),), config.steps, device=z.device)
             path = [z]
+            length = config.step_size / 2 * unit**2
+            if descend and not keep_path and watch is None and config.noise_scale == 0:
+                return LangevinResult(descend(z, length, config.steps), None, steps)  # eq. (6), all steps
             if watch is not None:
                 watch(z)
             for step in range(config.steps):
                 before = z
                 if descend:
-                    z = descend(z, config.step_size / 2 * unit**2)  # eq. (6)
+                    z = descend(z, length, 1)  # eq. (6)
                 else:
                     assert slope is not None
                     gradient = slope(z)
-                    z = torch.sub(z, gradient, alpha=config.step_size / 2 * unit**2)  # eq. (6)
+                    z = torch.sub(z, gradient, alpha=length)  # eq. (6)
                 if config.noise_scale > 0:
                     eps = noise(step) if noise is not None else _normal(z, generator)
                     assert eps.shape == z.shape, f"noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}"

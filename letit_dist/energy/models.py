@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from letit_dist import hub, pretrained
 from letit_dist.cards import Card
@@ -262,8 +263,9 @@ class MLPEnergy(EnergyModel):
 
         return run
 
-    def descent(self, condition: Tensor | None = None) -> Callable[[Tensor, float], Tensor] | None:
-        """(latents (B, *L), length) to latents - length * dE/dlatents, as `slope`; None where that has no use.
+    def descent(self, condition: Tensor | None = None) -> Callable[[Tensor, float, int], Tensor] | None:
+        """(latents (B, *L), length, steps) to where `steps` steps by -length * dE/dlatents lead, as `slope`; None where
+        that has no use.
 
         The last product of the slope and the step are one operation: narrow chains are bound by their number.
         """
@@ -271,31 +273,52 @@ class MLPEnergy(EnergyModel):
         if not self.config.layers or torch.is_autocast_enabled(next(self.parameters()).device.type):
             return None
         first, inner = self._inner_slope(condition)
+        unit = self.unit
 
         @torch.no_grad()
-        def run(latents: Tensor, length: float) -> Tensor:
-            flat = latents.flatten(1)
-            return torch.addmm(flat, inner(flat), first, alpha=-length / self.unit).view_as(latents)
+        def run(latents: Tensor, length: float, steps: int) -> Tensor:
+            flat = latents.flatten(1).clone()
+            for _ in range(steps):
+                flat.addmm_(inner(flat), first, alpha=-length / unit)
+            return flat.view(latents.shape)
 
         return run
+
+    def contrast(self, target: Tensor, translated: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Latents (B, *L) and (B', *L) to mean E(target) - mean E(translated), and both means (2,), detached; only the
+        parameters get a gradient. None with conditions, under autocast and where latents want a gradient.
+
+        The gradient is taken in closed form at once: for narrow layers most of a step would be autograd's.
+        """
+        lowered = torch.is_autocast_enabled(target.device.type)
+        if self.config.conditions or lowered or target.requires_grad or translated.requires_grad:
+            return None
+        flat = torch.cat([target, translated]).flatten(1)
+        parameters = [tensor for layer in self.layers[::2] for tensor in (layer.weight, layer.bias)]
+        activation = (self.layers[1], self._bend) if self.config.layers else None
+        return _Contrast.apply(flat if self.unit == 1 else flat / self.unit, len(target), activation, *parameters)
+
+    @property
+    def _bend(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return _through_gelu if self.config.activation == "gelu" else _through_leaky_relu
 
     def _inner_slope(self, condition: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The first layer's weight (h, L), and flat latents (B, L) to dE/d what that layer puts out (1 or B, h);
         without hidden layers to the last layer's weight."""
         linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in linear]
-        bend = _through_gelu if self.config.activation == "gelu" else _through_leaky_relu
+        bend, unit, activation = self._bend, self.unit, self.layers[1] if hidden else None
         # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
         last = last if condition is None else last[condition]
 
         def run(x: Tensor) -> Tensor:
             inputs = []
-            if self.unit != 1:
-                x = x / self.unit
+            if unit != 1:
+                x = x / unit
             for layer, (weight, bias) in enumerate(hidden, 1):
                 inputs.append(F.linear(x, weight, bias))
                 if layer < len(hidden):
-                    x = self.layers[1](inputs[-1])
+                    x = activation(inputs[-1])
             gradient = last
             for layer in range(len(hidden) - 1, -1, -1):
                 gradient = bend(gradient, inputs[layer])
@@ -304,6 +327,37 @@ class MLPEnergy(EnergyModel):
             return gradient
 
         return (hidden[0][0] if hidden else last), run
+
+
+class _Contrast(torch.autograd.Function):
+    """Flat latents, those of the target first, to the difference of the two means of an MLP, and to both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, count: int, activation: tuple[Callable, Callable] | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights, biases = parameters[::2], parameters[1::2]
+        inputs, before = [x], []
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            before.append(F.linear(inputs[-1], weight, bias))
+            inputs.append(activation[0](before[-1]))
+        values = F.linear(inputs[-1], weights[-1], biases[-1])
+        means = torch.stack([part.mean() for part in values.tensor_split([count])])
+        gradient = torch.full_like(values, 1 / count)
+        gradient[count:].fill_(-1 / (len(values) - count))
+        found: list[Tensor] = []
+        for layer in range(len(weights) - 1, -1, -1):
+            found[:0] = [gradient.t() @ inputs[layer], gradient.sum(0)]
+            if layer:
+                gradient = activation[1](gradient @ weights[layer], before[layer - 1])
+        ctx.save_for_backward(*found)
+        ctx.mark_non_differentiable(means)
+        return means[0] - means[1], means
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(gradient * found for found in ctx.saved_tensors)
 
 
 def _through_leaky_relu(gradient: Tensor, x: Tensor) -> Tensor:

@@ -13,4 +13,5 @@ def mse(reconstruction: Tensor, images: Tensor) -> Tensor:
     Taken in float32 or wider, so that a bfloat16 reconstruction loses no small errors in the mean.
     """
     wide = torch.promote_types(torch.promote_types(reconstruction.dtype, images.dtype), torch.float32)
-    return F.mse_loss(reconstruction.to(wide), images.to(wide))
+    # Copied: torch's scalar keeps hold of the memory in which it summed, as large as the images.
+    return F.mse_loss(reconstruction.to(wide), images.to(wide)).clone()

@@ -26,8 +26,10 @@ class Means:
         if not metrics:
             return
         # All at once: beside a small network the operations on single numbers would be most of a step.
-        values = [torch.as_tensor(value, device=self.device).detach().double() for value in metrics.values()]
-        added = (torch.stack(values) * weight).unbind()
+        values = [torch.as_tensor(value, device=self.device).detach() for value in metrics.values()]
+        if any(value.dtype != values[0].dtype for value in values):
+            values = [value.double() for value in values]
+        added = (torch.stack(values).double() * weight).unbind()
         for name, value in zip(metrics, added, strict=True):
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0.0) + weight

@@ -1,0 +1,225 @@
+"""Convolutions whose gradients a CPU takes as products of matrices, and a ReLU that leaves nothing behind.
+
+On a GPU, under autocast and for shapes that do not suit they are torch's own. On a CPU maps go through in
+channels_last, where torch's forward pass and gradient of the input come near the rate of large products, and its
+gradient of the weights to a third of it. That one, and the other two where there are many channels, are taken by
+Winograd's minimal filtering (Lavin and Gray, 1509.09308, as a bilinear form): a tile of outputs takes fewer
+multiplications than outputs times weights, and the sum over channels is a product of large matrices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+_TILES = 128  # taken at once: their transforms, about 2 MiB at 128 channels, then stay in the cache
+_NARROW = 16  # channels below which torch's own gradients are as fast
+_WIDE = 64  # channels on both sides from which the transforms cost less than the products they save
+# Where the polynomials of the scheme are evaluated, beside infinity: the choice that rounds least (4e-6 of the largest
+# output for 128 channels in float32; plain sums 1e-6, with 2 in place of 1/2 9e-6).
+_POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
+_TILE = 4  # outputs of a tile along one axis
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+
+
+class _Scheme:
+    """Tiles of 4 x 4 outputs of filters of `taps` x `taps`, on maps each position of which holds stride^2 pixels.
+
+    In one dimension y = gather^T [(filter w) * (spread x)]; in two, with the Kronecker squares of these matrices.
+    Maps are (B, H, W, C): fine ones are inputs of a strided filter, padded by 1, coarse ones what it puts out.
+    """
+
+    def __init__(self, taps: int, stride: int, dtype: torch.dtype):
+        self.taps, self.stride = taps, stride
+        self.reach = reach = _TILE + taps - 1  # inputs of a tile along one axis, and points
+        points = torch.tensor(_POINTS[: reach - 1], dtype=torch.float64)
+
+        def evaluated(size: int) -> Tensor:  # of polynomials with `size` coefficients: (reach, size)
+            at_infinity = F.one_hot(torch.tensor([size - 1]), size)
+            return torch.cat([torch.vander(points, size, increasing=True), at_infinity])
+
+        spread = torch.linalg.inv(evaluated(reach)).T
+        scale = spread.abs().amax(1, keepdim=True)
+        self.spread, self.filter, self.gather = (
+            torch.kron(one, one).to(dtype) for one in (spread / scale, evaluated(taps) * scale, evaluated(_TILE))
+        )
+
+    def correlate(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Maps (B, H, W, C) and a filter (C', C, k, k) to what it puts out: (B, C', H', W') in channels_last."""
+        outputs, inputs = weight.shape[:2]
+        taps, stride = self.taps, self.stride
+        split = weight.reshape(outputs, inputs, taps, stride, taps, stride).permute(2, 4, 3, 5, 1, 0)
+        filters = (self.filter @ split.reshape(taps**2, -1)).view(self.reach**2, -1, outputs)
+        side = [size // stride for size in x.shape[1:3]]
+        # Not a view: what a ReLU overwrites must not be one.
+        y = torch.empty(len(x), outputs, *side, dtype=x.dtype, memory_format=torch.channels_last)
+        for fine, coarse in self._pieces(x, y.permute(0, 2, 3, 1)):
+            found = self.gather.t() @ torch.bmm(self._spread(fine), filters).flatten(1)
+            batch, high, wide, channels = coarse.shape
+            tiles = found.view(_TILE, _TILE, batch, high // _TILE, wide // _TILE, channels)
+            coarse.unflatten(2, (-1, _TILE)).unflatten(1, (-1, _TILE)).copy_(tiles.permute(2, 3, 0, 4, 1, 5))
+        return y
+
+    def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Maps (B, H, W, C) and the gradient (B, H', W', C') of what `correlate` puts out to that of its
+        filter, (C', C, k, k)."""
+        inputs, outputs, taps, stride = x.shape[3], gradient.shape[3], self.taps, self.stride
+        total = x.new_zeros(self.reach**2, stride**2 * inputs, outputs)
+        for fine, coarse in self._pieces(x, gradient):
+            tiles = coarse.unflatten(2, (-1, _TILE)).unflatten(1, (-1, _TILE)).permute(2, 4, 0, 1, 3, 5)
+            spread = (self.gather @ tiles.reshape(_TILE**2, -1)).view(self.reach**2, -1, outputs)
+            total.baddbmm_(self._spread(fine).transpose(1, 2), spread)
+        found = (self.filter.t() @ total.flatten(1)).view(taps, taps, stride, stride, inputs, outputs)
+        return found.permute(5, 4, 0, 2, 1, 3).reshape(outputs, inputs, taps * stride, taps * stride)
+
+    def _spread(self, fine: Tensor) -> Tensor:
+        """(B, H, W, C) to (points, tiles, stride^2 C)"""
+        stride, reach = self.stride, self.reach
+        windows = fine.unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
+        windows = windows.unfold(1, reach, _TILE).unfold(3, reach, _TILE).permute(6, 7, 0, 1, 3, 2, 4, 5)
+        spread = self.spread @ windows.reshape(reach**2, -1)
+        return spread.view(reach**2, -1, stride**2 * fine.shape[3])
+
+    def _pieces(self, fine: Tensor, coarse: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both maps in pieces of about `_TILES` tiles, some samples or some rows of one; the fine one padded."""
+        rows, columns = coarse.shape[1] // _TILE, coarse.shape[2] // _TILE
+        samples, rows = max(1, _TILES // (rows * columns)), min(rows, max(1, _TILES // columns))
+        for first in range(0, len(coarse), samples):
+            for top in range(0, coarse.shape[1], rows * _TILE):
+                bottom = min(top + rows * _TILE, coarse.shape[1])
+                above, below = top == 0, bottom == coarse.shape[1]
+                inputs = slice(top * self.stride - 1 + above, (bottom + self.taps - 1) * self.stride - 1 - below)
+                piece = F.pad(fine[first : first + samples, inputs], (0, 0, 1, 1, int(above), int(below)))
+                yield piece, coarse[first : first + samples, top:bottom]
+
+
+_scheme = functools.lru_cache(_Scheme)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H, W, C); a view of maps in channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+class _Layer(NamedTuple):
+    """Kernels of 3 with stride 1 or of 4 with stride 2, padding 1."""
+
+    stride: int
+    transposed: bool
+
+    def suits(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether gradients are taken here: where that is faster."""
+        plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        coarse = x.shape[2:] if self.transposed else [side // self.stride for side in x.shape[2:]]
+        whole = all(side > 0 and side % _TILE == 0 for side in coarse)
+        return plain and whole and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.transposed:
+            return F.conv_transpose2d(x, weight, bias, self.stride, 1)
+        if self._by_scheme(weight):
+            return self._correlate(x, weight).add_(bias[:, None, None])
+        return F.conv2d(x, weight, bias, self.stride, 1)
+
+    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if self.transposed and self._by_scheme(weight):
+            return self._correlate(gradient, weight)
+        if self.transposed:
+            return F.conv2d(gradient, weight, None, self.stride, 1)
+        if self.stride == 1 and self._by_scheme(weight):
+            return self._correlate(gradient, weight.flip(2, 3).transpose(0, 1))
+        return conv2d_input(x.shape, weight, gradient, self.stride, 1)
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        fine, coarse = (gradient, x) if self.transposed else (x, gradient)
+        if min(weight.shape[:2]) < _NARROW:
+            return conv2d_weight(fine, weight.shape, coarse, self.stride, 1)
+        return self._scheme(weight).weight_gradient(_rows_of(fine), _rows_of(coarse))
+
+    def _correlate(self, fine: Tensor, weight: Tensor) -> Tensor:
+        return self._scheme(weight).correlate(_rows_of(fine), weight)
+
+    def _scheme(self, weight: Tensor) -> _Scheme:
+        return _scheme(weight.shape[2] // self.stride, self.stride, weight.dtype)
+
+    def _by_scheme(self, weight: Tensor) -> bool:
+        # With stride 2 a tile saves less, and four times the channels are transformed.
+        return weight.shape[0] >= _WIDE * self.stride and weight.shape[1] >= _WIDE
+
+
+class _Convolve(torch.autograd.Function):
+    """(x, weight, bias) to the convolution of x; with `relu` to (the convolution of ReLU(x), ReLU(x))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        layer: _Layer,
+        relu: bool,
+        overwrite: bool,
+        again: Callable[[], Tensor] | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.layer, ctx.relu, ctx.again = layer, relu, again
+        ctx.set_materialize_grads(False)
+        if relu and overwrite:
+            ctx.mark_dirty(x)
+            start = x.relu_()
+        else:
+            start = x.relu() if relu else x
+        ctx.save_for_backward(None if again else start, weight)
+        y = layer.forward(start, weight, bias)
+        return (y, start) if relu else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, beside: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        layer, (start, weight) = ctx.layer, ctx.saved_tensors
+        if ctx.again:
+            with torch.no_grad():
+                start = ctx.again().relu_()
+        of_x = of_weight = of_bias = None
+        if gradient is not None:
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
+            if ctx.needs_input_grad[1]:
+                of_weight = layer.weight_gradient(gradient, start, weight)
+            if ctx.needs_input_grad[2]:
+                of_bias = gradient.sum((0, 2, 3))
+            if ctx.needs_input_grad[0]:
+                of_x = layer.input_gradient(gradient, start, weight)
+        if ctx.needs_input_grad[0] and beside is not None:
+            of_x = beside.clone() if of_x is None else of_x.add_(beside)
+        if ctx.relu and of_x is not None:
+            # In place, which a ReLU by itself cannot do: nobody else has this gradient.
+            torch.ops.aten.threshold_backward.grad_input(of_x, start, 0, grad_input=of_x)
+        return of_x, of_weight, of_bias, None, None, None, None
+
+
+def convolve(layer: Convolution, x: Tensor) -> Tensor:
+    """`layer(x)`, for (B, C, H, W)."""
+    plan = _Layer(layer.stride[0], layer.transposed)
+    if not plan.suits(x, layer.weight):
+        return layer(x)
+    return _Convolve.apply(x, layer.weight, layer.bias, plan, False, False, None)
+
+
+def rectify_and_convolve(
+    layer: Convolution, x: Tensor, *, overwrite: bool = False, again: Callable[[], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(layer(ReLU(x)), ReLU(x)) for x (B, C, H, W). With `overwrite`, ReLU(x) takes the place of x.
+
+    `again` computes x another time: on a CPU the backward pass calls it, and ReLU(x) is not kept for that.
+    """
+    plan = _Layer(layer.stride[0], layer.transposed)
+    if not plan.suits(x, layer.weight):
+        start = F.relu(x, inplace=overwrite)
+        return layer(start), start
+    return _Convolve.apply(x, layer.weight, layer.bias, plan, True, overwrite, again)
