@@ -6,8 +6,8 @@
 
     python launch/pretrain.py configs/debug/vqvae2.yaml --run runs/try training.images=64000 data.train=[shards/a]
 
-start_from=FOLDER (of weights, a run, or an id on the Hub) begins with those weights in place of random ones, to fine-tune
-them on other images: configs/pretrain/finetune_apple2orange_vqvae2.yaml.
+start_from=FOLDER (of weights, a run, or an id on the Hub) begins with those weights in place of random ones, to
+fine-tune them on other images: configs/pretrain/finetune_apple2orange_vqvae2.yaml.
 
 The same command again resumes from the newest checkpoint in the run folder, after a stop or a kill. SIGTERM,
 SIGUSR1 and Ctrl-C save a checkpoint first (exit code 75). The run folder holds config.yaml, environment.json,
