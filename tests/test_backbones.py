@@ -36,7 +36,7 @@ def place(chain, tmp_path_factory):
         "flip": True,
         "judge_steps": 20,
         "energy": str(ROOT / "configs/energy/fruit.yaml"),
-        "overrides": list(TINY_ENERGY),
+        "overrides": [*TINY_ENERGY, "training.images=250"],  # ends at 256, with its batch
         "backbones": {"own": str(chain.autoencoder), "taesd": str(root / "taesd")},
     }
     (root / "pair.yaml").write_text(yaml.safe_dump(tree))
@@ -185,3 +185,13 @@ def test_columns_of_a_sheet_stand_under_their_names():
     assert sheet.width == 2 * 103 + 3 and head > 20
     assert sheet.getpixel((150, head + 50)) == (0, 0, 0) and sheet.getpixel((50, head + 50)) == (255, 255, 255)
     assert sheet.getpixel((150, head + 103 + 50)) == (255, 255, 255), "a column may be shorter"
+
+
+def test_another_judge_measures_anew_and_trains_nothing(finished, place):
+    """Last in this file: it changes what the others look at."""
+    out, _ = finished
+    before = lines(out)
+    done = compare(place, out, "judge_steps=10")
+    assert done.code == 0 and "$ python" not in done.out, done.err
+    assert all(row["judge"] != old["judge"] for row, old in zip(lines(out), before, strict=True))
+    assert all(row["psnr"] == old["psnr"] for row, old in zip(lines(out), before, strict=True))

@@ -174,10 +174,11 @@ def _encode(job: Job, name: str, model: Autoencoder, sides: list[ShardDataset]) 
         out = job.latents(name, side)
         begun, fresh = time.perf_counter(), not any((out / part).exists() for part in (INDEX_NAME, JOURNAL_NAME))
         options = EncodeOptions(flip=job.config.flip, batch=job.batch)
-        yield encode_domain(model, dataset, out, options, device=job.device, budget=job.budget)
+        said = encode_domain(model, dataset, out, options, device=job.device, budget=job.budget)
         if fresh:
             seconds = {**_seconds(job, name), side: round(time.perf_counter() - begun, 1)}
             write_atomically(job.out / name / "encode_seconds.json", json.dumps(seconds).encode())
+        yield said
 
 
 def _seconds(job: Job, name: str) -> dict[str, float]:
@@ -192,8 +193,9 @@ def _learn(job: Job, name: str) -> Iterator[str]:
     """The energy, by its own program; a finished one of the same configuration is not started again."""
     run, settings = job.energy(name), _settings(job, name)
     wanted = load_config(TrainEnergyConfig, job.config.energy, settings)
-    export = run / "export" / f"images-{wanted.training.images:012d}" / "config.json"
-    if export.is_file() and (run / "config.yaml").is_file():
+    ends = [int(path.parent.name.partition("-")[2]) for path in run.glob("export/images-*/config.json")]
+    # The last batch may go beyond the length that was asked for.
+    if max(ends, default=0) >= wanted.training.images and (run / "config.yaml").is_file():
         kept = parse_config(TrainEnergyConfig, read_tree(run / "config.yaml")[0], where=str(run / "config.yaml"))
         if as_tree(kept) == as_tree(wanted):
             yield f"{run}: already trained"
@@ -221,7 +223,7 @@ def _measure(
         except ValueError:
             kept = {}
         if kept.get("made_of") == made_of:
-            return {**kept["row"], "backbone": name}
+            return {**kept["row"], "backbone": name, "path": job.config.backbones[name]}
     again = together([measure_reconstruction(autoencoder, test, job.perceptual) for test in tests]).row()
     scores = score_translations(
         translator,
