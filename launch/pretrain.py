@@ -6,6 +6,9 @@
 
     python launch/pretrain.py configs/debug/vqvae2.yaml --run runs/try training.images=64000 data.train=[shards/a]
 
+start_from=FOLDER (of weights, a run, or an id on the Hub) begins with those weights in place of random ones, to
+fine-tune them on other images: configs/pretrain/finetune_apple2orange_vqvae2.yaml.
+
 The same command again resumes from the newest checkpoint in the run folder, after a stop or a kill. SIGTERM,
 SIGUSR1 and Ctrl-C save a checkpoint first (exit code 75). The run folder holds config.yaml, environment.json,
 stats.jsonl, samples/, checkpoints/ and, at the end, export/images-*/ with config.json and model.safetensors.
@@ -17,6 +20,7 @@ Any key of the configuration can be given as key=value; --check shows what would
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,20 +54,24 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(PretrainConfig, args.config, args.overrides)
 
     from letit_dist.autoencoders.base import build_autoencoder
+    from letit_dist.cards import Card
     from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
     from letit_dist.training.feeds import ImageFeed
     from letit_dist.training.plan import plan_batches, timetable
-    from letit_dist.training.run import export, open_run
+    from letit_dist.training.run import export, open_run, starts_anew
     from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
     from letit_dist.training.trainer import Trainer
 
     if config.recipe.kind == "latent_energy":
         raise UserError("recipe.kind: latent_energy trains energies (launch/train_energy.py), not autoencoders")
     recipe_class: Callable[..., Recipe] = RECIPES.get(config.recipe.kind)
-    if problems := config.recipe.problems(config.autoencoder, config.training):
+    problems = config.recipe.problems(config.autoencoder, config.training)
+    levels = [] if problems else config.recipe.levels(config.autoencoder)
+    if config.start_from is not None and len(levels) > 1:
+        problems.append(f"start_from: {config.start_from} is grown already, give recipe.growth=null")
+    if problems:
         raise UserError("\n".join(problems))
-    levels = config.recipe.levels(config.autoencoder)
     plans = plan_batches(config.training, args.ranks or launched_ranks(), len(levels))
 
     def build() -> Recipe:
@@ -77,9 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     if args.check:
-        from letit_dist.training.estimate import data_lines, footprint, report
+        from letit_dist.training.estimate import data_lines, footprint, report, start_lines
 
-        lines = timetable(levels, plans, config.training.images) + data_lines(config, plans[0].ranks)
+        lines = timetable(levels, plans, config.training.images) + start_lines(build, config)
+        lines += data_lines(config, plans[0].ranks)
         found = footprint(build, config, levels, plans, shards_optimizer=args.zero)
         lines += report(found, config, levels, args.run)
         print(to_yaml(config), end="")
@@ -104,6 +113,9 @@ def main(argv: list[str] | None = None) -> int:
         run=args.run,
     )
     feed.device = accelerator.device
+    origin = None
+    if config.start_from is not None and main_decides(accelerator, lambda: starts_anew(args.run)):
+        origin = recipe.autoencoder.start_from(config.start_from)
     main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(
         accelerator,
@@ -113,12 +125,16 @@ def main(argv: list[str] | None = None) -> int:
         training=config.training,
         intervals=config.intervals,
         max_bad_fraction=config.data.max_bad_fraction,
+        origin=origin,
     )
+    if origin:
+        trainer.say(f"begins with the weights of {origin['parent']} ({origin['parent_fingerprint']})")
     if len(plans) == 1:
         trainer.say(f"batch: {plans[0]}")
     code = trainer.train()
     if code == 0:
-        export(trainer)
+        command = f"python {shlex.join(['launch/pretrain.py', *(sys.argv[1:] if argv is None else argv)])}"
+        export(trainer, card=Card(data=", ".join(config.data.train), command=command))
     accelerator.end_training()
     return code
 

@@ -104,10 +104,14 @@ def main(argv: list[str] | None = None) -> int:
 
     resolution = load_autoencoder(args.autoencoder).config.resolution
     begun, steps = time.monotonic(), commands(args, names, resolution)
+    took: dict[str, float] = {}
     for number, (title, command) in enumerate(steps, 1):
         print(f"\n== {number}/{len(steps)} {title} ({time.monotonic() - begun:.0f} s)", flush=True)
         print(f"$ python {shlex.join(command)}", flush=True)
+        before = time.monotonic()
         code = subprocess.call([sys.executable, str(ROOT / command[0]), *command[1:]])
+        stage = title.split()[0]
+        took[stage] = took.get(stage, 0) + time.monotonic() - before
         if code:
             print(f"stopped in step {number}: the same command continues there", file=sys.stderr)
             return code
@@ -118,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     Translator.from_pretrained(args.out / "energy").save_pretrained(
         args.out / "translator", card=card, with_autoencoder=True
     )
-    print(f"\ndone in {time.monotonic() - begun:.0f} s")
+    shares = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in took.items())
+    print(f"\ndone in {time.monotonic() - begun:.0f} s: {shares}")
     print(f"look at:  {args.out / 'translated/sheets'}\nuse:      {args.out / 'translator'}")
     return 0
 

@@ -188,6 +188,11 @@ class PretrainConfig(StrictConfig):
     """launch/pretrain.py: stage 1, the autoencoder."""
 
     autoencoder: Autoencoder
+    start_from: str | None = Field(
+        None,
+        description="begin with the weights of this autoencoder (a folder, a run, an id on the Hub), codebooks "
+        "included, and a fresh optimiser; read only where the run has no checkpoint yet; null = random weights",
+    )
     recipe: Recipe
     data: ImagesConfig
     training: TrainingConfig

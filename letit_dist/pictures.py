@@ -75,6 +75,24 @@ def strip(images: Sequence[Tensor], *, cell: int | None = None) -> Image.Image:
     return picture
 
 
+def columns(pictures: Mapping[str, Sequence[Tensor]], *, cell: int | None = None) -> Image.Image:
+    """A sheet read from left to right: each column's name, of one line or more, above its images (B, 3, H, W) in
+    [-1, 1] or uint8."""
+    cell = cell or visible_size(next(iter(pictures.values()))[0].shape[-1])
+    font = _fitting([line for name in pictures for line in name.splitlines()], cell, cell // 8)
+    head = int(1.3 * font.size * max(name.count("\n") + 1 for name in pictures)) + 2 * _MARGIN
+    step, rows = cell + _MARGIN, max(map(len, pictures.values()))
+    sheet = Image.new("RGB", (len(pictures) * step + _MARGIN, head + rows * step), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for c, (name, images) in enumerate(pictures.items()):
+        left = _MARGIN + c * step
+        place = (left + cell // 2, head - _MARGIN)
+        draw.multiline_text(place, name, fill=_INK, font=font, anchor="md", align="center", spacing=0.2 * font.size)
+        for r, image in enumerate(images):
+            sheet.paste(to_picture(image, cell), (left, head + r * step))
+    return sheet
+
+
 def captioned(
     images: Sequence[Tensor], captions: Sequence[str], *, cell: int | None = None, among: Sequence[str] = ()
 ) -> Image.Image:

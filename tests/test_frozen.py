@@ -168,6 +168,23 @@ def test_the_layers_are_in_the_order_of_the_reference():
 
 
 @torch.no_grad()
+def test_convolutions_run_in_the_order_that_is_faster_on_a_cpu():
+    model, images = foreign.taesd("taesd", 32), torch.randn(2, 3, 32, 32)
+    by_rows = model.decoder(model.encoder((images + 1) / 2)) * 2 - 1
+    orders = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.in_channels > 4:
+            module.register_forward_pre_hook(
+                lambda _, given: orders.append(given[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    latents = model.encode(images)
+    again = model.decode(latents)
+    assert len(orders) > 20 and all(orders)
+    assert latents.is_contiguous() and again.is_contiguous()
+    assert torch.allclose(again, by_rows, atol=1e-4)
+
+
+@torch.no_grad()
 def test_latents_are_bounded_before_they_are_decoded():
     model = foreign.taesd("taesd")
     far = torch.full((1, 4, 4, 4), 1e4)

@@ -31,6 +31,7 @@ PROGRAMS = [
     "launch/transfer.py",
 ]
 PROGRAMS += [
+    "eval/backbones.py",
     "eval/fidelity.py",
     "eval/paper.py",
     "eval/reconstruction.py",

@@ -144,6 +144,7 @@ def test_a_finished_run_holds_everything_and_is_left_alone(program, tmp_path, ca
         f"samples/{end}.png",
         f"export/{end}/config.json",
         f"export/{end}/model.safetensors",
+        f"export/{end}/README.md",
     }
     assert [line["images_seen"] for line in stats_of(run)] == [8, 16, 24]
     assert capsys.readouterr().out.startswith("batch: 8 = 1 rank x 8 images x 1 accumulation\n")

@@ -1,5 +1,7 @@
 """launch/transfer.py: two folders and a frozen autoencoder in, a sheet out; and what pack.py holds out for it."""
 
+import re
+
 import foreign_autoencoders as foreign
 import numpy as np
 import pytest
@@ -59,6 +61,10 @@ def test_one_command_from_folders_to_a_sheet(finished):
     held_out = {f"{number:02d}.png" for number in (0, 4, 8, 12, 16)}
     assert {path.name for path in (out / "translated").glob("*.png")} == held_out
     assert Index.read(out / "latents/apple").meta["views"] == ["", "flip"]
+    [times] = [line for line in done.out.splitlines() if line.startswith("done in ")]
+    shares = re.fullmatch(r"done in (\d+) s: packing (\d+), encoding (\d+), learning (\d+), translating (\d+)", times)
+    whole, *parts = map(int, shares.groups())
+    assert whole - 20 < sum(parts) <= whole + 2
 
 
 def test_the_translator_folder_stands_alone(finished, folders):

@@ -37,6 +37,7 @@ class Autoencoder(nn.Module):
     tiny: ClassVar[AutoencoderConfig]
     stores_codes: ClassVar[bool] = False  # whether `encode_codes` and `latents_from_codes` exist
     needs: ClassVar[str | None] = None  # an optional library without which it cannot be built
+    retrainable: ClassVar[frozenset[str]] = frozenset()  # keys of the config that the same weights may be given anew
     decodes_with_noise: ClassVar[bool] = False  # whether translations are decoded with the maps of `noise_shapes`
 
     config: AutoencoderConfig
@@ -45,6 +46,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
+        self.extra: dict[str, Any] = {}  # what the folder that this was read from holds beside the weights
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to latents (B, *latent_shape)."""
@@ -124,21 +126,22 @@ class Autoencoder(nn.Module):
     def save_pretrained(self, folder: str | Path, *, card: Card | None = None, **extra: Any) -> None:
         """Write config.json and model.safetensors; `extra` (plain values) is kept in config.json, and with `card`
         there is a README.md."""
-        text = None if card is None else self._card_text(card)
+        text = None if card is None else self._card_text(card, extra)
         pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra, card=text)
 
     def push_to_hub(self, repo_id: str, *, card: Card | None = None, private: bool = True, **extra: Any) -> str:
-        """Send what `save_pretrained` writes to a repository of the Hugging Face Hub; returns its address."""
-        card = card or Card()
-        return hub.push(lambda folder: self.save_pretrained(folder, card=card, **extra), repo_id, private=private)
+        """Send what `save_pretrained` writes, `self.extra` included, to the Hugging Face Hub; returns its address."""
+        kept, card = {**self.extra, **extra}, card or Card()
+        return hub.push(lambda folder: self.save_pretrained(folder, card=card, **kept), repo_id, private=private)
 
-    def _card_text(self, card: Card) -> str:
+    def _card_text(self, card: Card, extra: dict[str, Any]) -> str:
         facts = {
             "autoencoder": self.config.kind,
             "images": f"3 x {self.config.resolution} x {self.config.resolution}",
             "latents": " x ".join(map(str, self.latent_shape)),
             "parameters": sum(parameter.numel() for parameter in self.parameters()),
             "fingerprint": self.fingerprint(),
+            **{name: value for name, value in extra.items() if value is not None},
         }
         use = 'import letit_dist\n\nautoencoder = letit_dist.load_autoencoder("this folder, or its id on the Hub")'
         return card.text(f"{self.config.kind} autoencoder, {self.config.resolution} pixels", facts, use)
@@ -146,7 +149,7 @@ class Autoencoder(nn.Module):
     @classmethod
     def from_pretrained(cls: type[A], folder: str | Path) -> A:
         """The model of a folder, of a run's newest export, or of an id on the Hub (see `pretrained.find_folder`);
-        frozen and in eval mode, on the CPU.
+        frozen and in eval mode, on the CPU; `extra` holds what was kept beside it.
 
         Raises UserError for a folder that is missing, damaged or changed, an unknown kind, another kind than
         this class, and for keys that are missing, left over or of another shape (all listed).
@@ -158,7 +161,29 @@ class Autoencoder(nn.Module):
         if not isinstance(model, cls):
             raise UserError(f"{folder}: holds a {type(model).__name__} ({config.kind}), not a {cls.__name__}")
         pretrained.load_exactly(model, tensors, Path(folder) / pretrained.WEIGHTS)
+        model.extra = pretrained.read_extra(folder)
         return model.eval().requires_grad_(False)
+
+    def start_from(self, folder: str | Path) -> dict[str, str]:
+        """Take over all weights and buffers of another autoencoder (a folder, a run or an id on the Hub) of the same
+        architecture, so that training goes on from them; returns what names it, for `save_pretrained`.
+
+        Keys in `retrainable` may differ. Raises UserError, before anything is changed, as `from_pretrained` does, and
+        for another architecture.
+        """
+        found = pretrained.find_folder(folder)
+        tree, tensors = pretrained.read_folder(found)
+        config = parse_kind(AUTOENCODERS, tree, str(found / pretrained.CONFIG))
+        theirs, own = as_tree(config), as_tree(self.config)
+        if config.kind != self.config.kind:
+            different = [f"it is a {config.kind}, autoencoder.kind is {self.config.kind}"]
+        else:
+            changed = [key for key in own if theirs[key] != own[key] and key not in self.retrainable]
+            different = [f"autoencoder.{key} is {theirs[key]} there and {own[key]} here" for key in changed]
+        if different:
+            raise UserError(f"start_from: the weights in {folder} are of another architecture: {', '.join(different)}")
+        pretrained.load_exactly(self, tensors, found / pretrained.WEIGHTS)
+        return {"parent": str(folder), "parent_fingerprint": pretrained.tensors_fingerprint(tree, tensors)}
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:

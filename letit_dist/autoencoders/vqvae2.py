@@ -77,6 +77,8 @@ class VQVAE2(Autoencoder):
         resolution=16, channels=8, residual_blocks=1, residual_channels=4, code_dim=4, codes=16, noise=True
     )
     stores_codes: ClassVar[bool] = True
+    # No weight depends on the size of an image, and the others are settings of the codebooks' training.
+    retrainable: ClassVar[frozenset[str]] = frozenset({"resolution", "decay", "restart_below", "restart_every"})
     config: VQVAE2Config
     _recompute = False
 

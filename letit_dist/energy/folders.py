@@ -62,7 +62,7 @@ def save_translators(
             energies[name]["fingerprint"] = translator.energy.fingerprint()
         named = {"fingerprint": fingerprint, "kind": autoencoder.config.kind, "origin": _origin(translators[0])}
         if with_autoencoder:
-            autoencoder.save_pretrained(beside / _AUTOENCODER)
+            autoencoder.save_pretrained(beside / _AUTOENCODER, **autoencoder.extra)
             named["origin"] = _AUTOENCODER
         tree = {
             "kind": KIND,

@@ -90,6 +90,7 @@ def score_translations(
     perceptual: Mapping[str, nn.Module] | None = None,
     extractor: Extractor | None = None,
     real: Tensor | None = None,
+    training_latents: tuple[Tensor, Tensor] | None = None,
     say: Callable[[str], object] = print,
 ) -> Scores:
     """Score the real test images, their reconstructions, the baselines (see `fit_rivals`) and the translations.
@@ -101,7 +102,8 @@ def score_translations(
 
     `keeper` sees whether attributes are kept, `perceptual` holds LPIPS by the name of its backbone, `extractor` gives
     FID and KID to `real` images of the target, pixels uint8 (M, 3, H, W), or its training images; see the modules
-    `kept` and `decoded`. All of these are where the translator is.
+    `kept` and `decoded`. All of these are where the translator is. `training_latents`, (N, *L) and (M, *L) of source
+    and target, are those of the images in `examples` where they are at hand and need not be made again.
     """
     check_sizes(translator, test=test, pairs=pairs)
     pixels = read_pixels(test)
@@ -112,7 +114,7 @@ def score_translations(
     middle = examples.factors.median(0).values if examples.factors is not None and keeper is None else None
     counterparts = to_images(read_pixels(pairs)[match_pairs(test, pairs)]) if pairs is not None else None
     domains = [examples.pixels[examples.domain == d] for d in (0, 1)]
-    source, target = (_encode(translator, part, batch) for part in domains)
+    source, target = training_latents or (_encode(translator, part, batch) for part in domains)
     rivals = fit_rivals(baselines, source, target, seed=seed, say=say)
     latents = _encode(translator, pixels, batch)
     nearness = Nearness(latents, target, translator.energy.unit, say=say)

@@ -106,6 +106,16 @@ def report(found: Footprint, config: PretrainConfig, levels: Sequence[Level], ru
     return lines
 
 
+def start_lines(build: Callable[[], Recipe], config: PretrainConfig) -> list[str]:
+    """Whose weights the run would begin with. Raises UserError where they are here and do not fit."""
+    if config.start_from is None:
+        return []
+    if not Path(config.start_from).exists():
+        return [f"start_from: {config.start_from} is not here, not looked at"]
+    origin = build().autoencoder.start_from(config.start_from)
+    return [f"start_from: {origin['parent']}, fingerprint {origin['parent_fingerprint']}"]
+
+
 def data_lines(config: PretrainConfig, ranks: int) -> list[str]:
     """What of `data.train` is here, and how often it is seen."""
     if remote := [path for path in config.data.train if is_url(path)]:

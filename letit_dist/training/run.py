@@ -99,6 +99,11 @@ def open_run(folder: Path, config: StrictConfig) -> None:
         raise UserError(f"cannot write into the run folder {folder}: {error.strerror or error}") from error
 
 
+def starts_anew(folder: Path) -> bool:
+    """Whether the run in `folder` has no checkpoint to go on from, whole or damaged."""
+    return not any((folder / "checkpoints").glob("images-*"))
+
+
 def _commit() -> str | None:
     here = Path(__file__).parent
     try:
@@ -153,7 +158,7 @@ def export(trainer: Trainer, **extra: Any) -> Path:
     folder = trainer.run / "export" / f"images-{trainer.images_seen:012d}"
     with trainer.whole_trained() as recipe:
         if trainer.is_main and not folder.exists():
-            recipe.save(folder, images_seen=trainer.images_seen, **extra)
+            recipe.save(folder, images_seen=trainer.images_seen, **trainer.origin, **extra)
     trainer.accelerator.wait_for_everyone()
     trainer.say(f"exported to {folder} (peak memory of this process: {peak_memory()} MiB)")
     return folder

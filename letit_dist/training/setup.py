@@ -74,7 +74,9 @@ def create_accelerator(
     ]
     if launched_ranks() > 1:
         backend = {"backend": "gloo"} if on_cpu else {}
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout), **backend))
+        # accelerate hands on only what is not its own default of 600 s; torch's is another, half an hour with gloo.
+        asked = timedelta(seconds=timeout, microseconds=1)
+        handlers.append(InitProcessGroupKwargs(timeout=asked, **backend))
     if wants_deepspeed and on_cpu:
         try:
             _prepare_deepspeed_on_cpu()

@@ -62,10 +62,12 @@ class Trainer:
         intervals: IntervalsConfig,
         max_bad_fraction: float = 1.0,
         preview: int = 8,
+        origin: dict[str, str] | None = None,
     ):
         self.accelerator = accelerator
         self.feed = feed
         self.run = run
+        self.origin = origin or {}  # whose weights a new run began with; of a resumed one the checkpoint says it
         self.training = training
         self.intervals = intervals
         self.max_bad_fraction = max_bad_fraction
@@ -352,6 +354,7 @@ class Trainer:
             return
         self.means.synchronise()
         state = {"means": self.means.state(), "bad_samples": self.bad_samples, "level": self.level}
+        state["origin"] = self.origin
         with self.state.whole():
             tensors = {"model": self.recipe.state_dict(), "optimizer": self.state.optimizer_tensors(keep=self.is_main)}
             if self.average:
@@ -383,6 +386,7 @@ class Trainer:
         self.images_seen = self._saved_at = checkpoint.images_seen
         self.bad_samples = checkpoint.state["bad_samples"]
         self.level = checkpoint.state.get("level")
+        self.origin = checkpoint.state.get("origin", {})
         self.means.load(checkpoint.state["means"])
         if self.is_main:
             self.stats.rewind(self.images_seen)
