@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     paths, missing = find_backbones(weights_folder(args.weights), args.lpips)
     for line in missing:
         print(f"notice: {line}", file=sys.stderr)
-    nets = {net: PerceptualLoss(path, net=net).to(device).network for net, path in paths.items()}
+    nets: dict[str, torch.nn.Module] = {
+        net: PerceptualLoss(path, net=net).to(device).network for net, path in paths.items()
+    }
     job = Job(config, args.out, train, device, budget_bytes(args.memory, device), nets, args.batch)
     for line in compare_backbones(job):
         print(line, flush=True)

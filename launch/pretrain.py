@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     config = load_config(PretrainConfig, args.config, args.overrides)
 
-    from letit_dist.autoencoders.base import build_autoencoder
+    from letit_dist.autoencoders.base import Autoencoder, build_autoencoder
     from letit_dist.cards import Card
     from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.check:
         from letit_dist.training.estimate import data_lines, footprint, report, start_lines
 
-        lines = timetable(levels, plans, config.training.images) + start_lines(build, config)
+        lines = timetable(levels, plans, config.training.images) + start_lines(
+            config, build_autoencoder(config.autoencoder).start_from
+        )
         lines += data_lines(config, plans[0].ranks)
         found = footprint(build, config, levels, plans, shards_optimizer=args.zero)
         lines += report(found, config, levels, args.run)
@@ -115,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     feed.device = accelerator.device
     origin = None
     if config.start_from is not None and main_decides(accelerator, lambda: starts_anew(args.run)):
+        assert isinstance(recipe.autoencoder, Autoencoder)
         origin = recipe.autoencoder.start_from(config.start_from)
     main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(

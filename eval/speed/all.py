@@ -9,9 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from speed import alae, beta_vae, decode, energy, vqvae2
 from speed.arguments import at_least_one
+
+if TYPE_CHECKING:
+    from letit_dist.evaluation.benchmark import Fact, Match
 
 # Images an iteration at each level of ALAE: as many as float32 without recomputation puts into 80 GB, and to spare.
 ALAE_BATCHES = {8: 128, 16: 128, 32: 128, 64: 64, 128: 32, 256: 16, 512: 8, 1024: 4}
@@ -24,7 +28,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--tiny", action="store_true", help="networks and images so small that a CPU goes through it in minutes")
 
 
-def matches(args: argparse.Namespace) -> Iterator:
+def matches(args: argparse.Namespace) -> Iterator[Match | Fact]:
     """Every row of every part, under its name."""
     at_least_one(args, "repeats")
     args.plain = args.flops = True  # as this table is defined
@@ -35,7 +39,7 @@ def matches(args: argparse.Namespace) -> Iterator:
                 yield replace(found, name=name, target=None) if hasattr(found, "target") else replace(found, name=name)
 
 
-def _commands(tiny: bool) -> list[tuple[str, list[object]]]:
+def _commands(tiny: bool) -> list[tuple[str, list[Any]]]:
     """(benchmark, its options) of each part."""
     if tiny:
         width = ["--width", "tiny", "--resolution"]

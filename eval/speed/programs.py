@@ -100,8 +100,9 @@ class DebugRuns:
         for config in ("alae_fruit", "beta_vae", "vqvae2"):  # the last one is built upon
             train = ["launch/pretrain.py", f"configs/debug/{config}.yaml", "--run", at / config, *data, *_SMALL]
             last = config == "vqvae2"
-            how = {"until": STEP, "stop": not last, "repeats": repeats, "clean": at / config}
-            yield f"launch/pretrain.py, {config}", seconds_of([*train, *["training.images=8"] * last], **how)
+            train += ["training.images=8"] * last
+            took = seconds_of(train, until=STEP, stop=not last, repeats=repeats, clean=at / config)
+            yield f"launch/pretrain.py, {config}", took
         model = ["--autoencoder", at / "vqvae2"]
         for shards in (self.oranges, self.apples):
             latents = at / "latents" / shards.parent.name

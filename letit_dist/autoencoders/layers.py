@@ -65,7 +65,7 @@ class StridedEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, channels, H / stride, W / stride), not negative."""
-        first, second, *others = self.convs
+        first, second, *others = (conv for conv in self.convs if isinstance(conv, nn.Conv2d))
         inputs, x = x, convolve(first, x)
         # Of images it is the largest map, and the cheapest to compute.
         again = (lambda: first(inputs)) if x.numel() > inputs.numel() else None
@@ -111,8 +111,9 @@ class StridedDecoder(nn.Module):
         x = convolve(self.conv, x)
         for block in self.blocks:
             x = block(x, noise)
-        for up in self.ups[:-1]:
+        *ups, last = (up for up in self.ups if isinstance(up, nn.ConvTranspose2d))
+        for up in ups:
             x, _ = rectify_and_convolve(up, x, overwrite=True)
             if self.noise is not None and noise is not None:
                 x = self.noise(x, next(noise))
-        return rectify_and_convolve(self.ups[-1], x, overwrite=True)[0]
+        return rectify_and_convolve(last, x, overwrite=True)[0]

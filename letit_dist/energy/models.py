@@ -295,8 +295,9 @@ class MLPEnergy(EnergyModel):
             return None
         flat = torch.cat([target, translated]).flatten(1)
         parameters = [tensor for layer in self.layers[::2] for tensor in (layer.weight, layer.bias)]
-        activation = (self.layers[1], self._bend) if self.config.layers else None
-        return _Contrast.apply(flat if self.unit == 1 else flat / self.unit, len(target), activation, *parameters)
+        activation = self.layers[1] if self.config.layers else nn.Identity()
+        flat = flat if self.unit == 1 else flat / self.unit
+        return _Contrast.apply(flat, len(target), activation, self._bend, *parameters)
 
     @property
     def _bend(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -307,7 +308,8 @@ class MLPEnergy(EnergyModel):
         without hidden layers to the last layer's weight."""
         linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in linear]
-        bend, unit, activation = self._bend, self.unit, self.layers[1] if hidden else None
+        bend, unit = self._bend, self.unit
+        activation = self.layers[1] if hidden else nn.Identity()
         # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
         last = last if condition is None else last[condition]
 
@@ -334,13 +336,18 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, count: int, activation: tuple[Callable, Callable] | None, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        count: int,
+        activation: nn.Module,
+        bend: Callable[[Tensor, Tensor], Tensor],
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         weights, biases = parameters[::2], parameters[1::2]
         inputs, before = [x], []
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             before.append(F.linear(inputs[-1], weight, bias))
-            inputs.append(activation[0](before[-1]))
+            inputs.append(activation(before[-1]))
         values = F.linear(inputs[-1], weights[-1], biases[-1])
         means = torch.stack([part.mean() for part in values.tensor_split([count])])
         gradient = torch.full_like(values, 1 / count)
@@ -349,7 +356,7 @@ class _Contrast(torch.autograd.Function):
         for layer in range(len(weights) - 1, -1, -1):
             found[:0] = [gradient.t() @ inputs[layer], gradient.sum(0)]
             if layer:
-                gradient = activation[1](gradient @ weights[layer], before[layer - 1])
+                gradient = bend(gradient @ weights[layer], before[layer - 1])
         ctx.save_for_backward(*found)
         ctx.mark_non_differentiable(means)
         return means[0] - means[1], means
@@ -357,7 +364,7 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(gradient * found for found in ctx.saved_tensors)
+        return None, None, None, None, *(gradient * found for found in ctx.saved_tensors)
 
 
 def _through_leaky_relu(gradient: Tensor, x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from letit_dist.energy.models import MLPEnergy
+
 
 def contrastive_loss(
     energy: nn.Module, target: Tensor, translated: Tensor, *, l2: float = 0.0, condition: Tensor | None = None
@@ -17,7 +19,7 @@ def contrastive_loss(
     translated - target, is about 0 once the chains reach the target domain. `condition` (B,) belongs to the rows of
     both, for energies that have conditions.
     """
-    if l2 == 0 and hasattr(energy, "contrast"):
+    if l2 == 0 and isinstance(energy, MLPEnergy):
         found = energy.contrast(target, translated.detach())  # eq. (2)
         if found is not None:
             loss, means = found

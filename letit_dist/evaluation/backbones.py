@@ -150,7 +150,7 @@ def compare_backbones(job: Job) -> Iterator[str]:
     if config.pairs:
         places = match_pairs(*tests)
         shown["true\ncounterpart"] = torch.stack([tests[1].pixels(places[i]) for i in _spread(len(tests[0]))])
-    save_picture(columns(shown), job.out / "backbones.png")
+    save_picture(columns({name: list(images) for name, images in shown.items()}), job.out / "backbones.png")
     untouched = f"the judge takes {rows[0]['real_accuracy']:.3f} of them, untouched, for {domains[1]}"
     yield f"{domains[0]} to {domains[1]}, {len(tests[0])} test images of {side} pixels; {untouched}"
     yield markdown(rows, [name for name in _TABLE if any(row.get(name) is not None for row in rows)])
@@ -241,7 +241,7 @@ def _measure(
     moved = by_method["translation"]
     seconds = _seconds(job, name)
     days = training_days(job.energy(name))
-    row = {
+    row: dict[str, Any] = {
         "backbone": name,
         "path": job.config.backbones[name],
         "kind": autoencoder.config.kind,

@@ -28,14 +28,19 @@ class HeldImages(ImageSet):
     """Images in memory, (N, 3, H, W) in [-1, 1], as the pixels that a file would hold."""
 
     def __init__(self, label: str, images: Tensor):
-        self.label, self.pixels = label, to_pixels(images).cpu()
-        self.stamp = pretrained.tensors_fingerprint({}, {"pixels": self.pixels})
+        self.label, self._images = label, to_pixels(images).cpu()
+        self.stamp = pretrained.tensors_fingerprint({}, {"pixels": self._images})
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self._images)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        height, width = self._images.shape[2:]
+        return height, width
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Columns]:
-        return self.pixels[list(rows)], {}
+        return self._images[list(rows)], {}
 
 
 @torch.no_grad()

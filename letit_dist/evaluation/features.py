@@ -184,8 +184,9 @@ def check_alike(a: dict[str, Any], b: dict[str, Any]) -> None:
     names = ("extractor", "layer", "resize", "weights")
     different = [f"{name}: {a[name]} and {b[name]}" for name in names if a[name] != b[name]]
     sizes = [stamp.get("pixels") for stamp in (a, b)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        first, second = (f"{width}x{height}" for height, width in sizes)
+    stated = [f"{size[1]}x{size[0]}" for size in sizes if size is not None]
+    if len(stated) == 2 and stated[0] != stated[1]:
+        first, second = stated
         remedy = "give one --resize for both, or where a protocol forbids it pack both at one size"
         different.append(f"images of {first} and of {second}: {remedy}")
     if different:

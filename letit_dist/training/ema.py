@@ -6,7 +6,7 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from letit_dist import schedule
 
@@ -25,7 +25,8 @@ class WeightAverage(Generic[M]):
         self.warmup = warmup
         self.module = copy.deepcopy(recipe).requires_grad_(False)  # the averaged recipe
         self._recipe = recipe
-        self._averages, self._currents = list(self.module.parameters()), list(recipe.parameters())
+        self._averages: list[Tensor] = list(self.module.parameters())
+        self._currents: list[Tensor] = list(recipe.parameters())
         both = zip(self.module.modules(), recipe.modules(), strict=True)
         self._buffers = [(ours._buffers, theirs._buffers) for ours, theirs in both if ours._buffers]
 
@@ -37,5 +38,5 @@ class WeightAverage(Generic[M]):
         torch._foreach_lerp_(self._averages, self._currents, 1 - beta)
         for ours, theirs in self._buffers:
             for name, buffer in theirs.items():
-                if buffer is not None:
-                    ours[name].copy_(buffer)
+                if (twin := ours[name]) is not None and buffer is not None:
+                    twin.copy_(buffer)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -106,13 +107,13 @@ def report(found: Footprint, config: PretrainConfig, levels: Sequence[Level], ru
     return lines
 
 
-def start_lines(build: Callable[[], Recipe], config: PretrainConfig) -> list[str]:
-    """Whose weights the run would begin with. Raises UserError where they are here and do not fit."""
+def start_lines(config: PretrainConfig, begin: Callable[[str], dict[str, Any]]) -> list[str]:
+    """Whose weights the run would begin with, by `begin`, which takes them. Raises UserError where they are here and do not fit."""
     if config.start_from is None:
         return []
     if not Path(config.start_from).exists():
         return [f"start_from: {config.start_from} is not here, not looked at"]
-    origin = build().autoencoder.start_from(config.start_from)
+    origin = begin(config.start_from)
     return [f"start_from: {origin['parent']}, fingerprint {origin['parent_fingerprint']}"]
 
 
