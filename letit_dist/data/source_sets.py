@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from letit_dist.data.source_base import (
     images_below,
     select,
     subfolders,
+    unseen,
     walk,
+    with_notes,
 )
 from letit_dist.data.source_files import SPLITS
 from letit_dist.errors import UserError
@@ -141,13 +144,15 @@ class SplitDomainsLayout(Layout):
         held_out = {"val": "test"} if "test" not in found else {}
         classes = max(len(names) for _, names in found.values()) > cls.MOST_DOMAINS
         files = []
+        other: Counter[str] = Counter()
         for split, (folder, domains) in found.items():
             for name in domains:
                 inside = f"{folder}/{name}".rstrip("/")
                 domain, known = (None, {"class": name}) if classes else (name or None, {})
-                paths = walk(Path(spec, inside))[0]
+                paths, others = walk(Path(spec, inside))
+                other += others
                 files += [(domain, held_out.get(split, split), f"{inside}/{path}", known) for path in paths]
-        return select(by_domain_and_split(spec, files, cls.name), request, spec)
+        return with_notes(select(by_domain_and_split(spec, files, cls.name), request, spec), unseen(other))
 
 
 class CycleGanLayout(Layout):
@@ -168,7 +173,8 @@ class CycleGanLayout(Layout):
     @classmethod
     def parts(cls, spec: str, request: Request) -> list[Part]:
         found = cls._found(spec)
-        images = {name: walk(Path(spec, name))[0] for name in found}
+        walked = {name: walk(Path(spec, name)) for name in found}
+        images = {name: paths for name, (paths, _) in walked.items()}
         if not any(images.values()):
             raise UserError(f"{spec}: no images in trainA, trainB, testA or testB here")
         names = dict(zip("AB", cls.domains(spec), strict=True))
@@ -183,7 +189,8 @@ class CycleGanLayout(Layout):
             for name, paths in images.items()
             for path in paths
         ]
-        return select(by_domain_and_split(spec, files, cls.name), request, spec)
+        other = sum((others for _, others in walked.values()), Counter())
+        return with_notes(select(by_domain_and_split(spec, files, cls.name), request, spec), unseen(other))
 
     @staticmethod
     def domains(spec: str) -> tuple[str, str]:
