@@ -22,7 +22,9 @@ def test_imagenet_as_kaggle_delivers_it(tmp_path):
     images(
         inside, "train/n01440764/a.JPEG", "train/n01440764/b.JPEG", "val/ILSVRC2012_val_00000001.JPEG", "test/c.JPEG"
     )
-    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n")
+    (tmp_path / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 2 3 4 \n"
+    )
     for spec in (tmp_path, tmp_path / "ILSVRC", inside):
         assert find(str(spec)).layout.name == "imagenet"
         assert counts(spec) == {"train": 2, "val": 1}

@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from letit_dist.data.index import INDEX_NAME, scan_tar
 from letit_dist.data.progress import Progress
 from letit_dist.data.source_base import Item, Layout, Part, Request, Source, fingerprint, first_images, is_image, select
 from letit_dist.data.source_files import domain_name
+from letit_dist.data.source_sets import class_of, val_classes, without_class
 from letit_dist.data.transforms import IMAGE_EXTENSIONS
 from letit_dist.errors import UserError
 
@@ -126,6 +127,7 @@ class Member:
     size: int
     known: tuple[tuple[str, Any], ...] = ()
     caption: tuple[int, int] | None = None
+    listed: dict[str, Any] | None = None  # what a list beside the tar says of it
 
 
 class TarSource(Source):
@@ -145,7 +147,7 @@ class TarSource(Source):
     def item(self, number: int) -> Item:
         member = self.members[number]
         content = self._read(member.tar, member.offset, member.size)
-        known = dict(member.known)
+        known = {**dict(member.known), **(member.listed or {})}
         if member.caption is not None:
             known["caption"] = self._read(member.tar, *member.caption).decode("utf-8", "replace").strip()
         stem = member.name.rpartition("/")[2].partition(".")[0]
@@ -161,7 +163,10 @@ class TarSource(Source):
         return data
 
     def settings(self) -> dict[str, Any]:
-        lines = (f"{m.tar} {m.name} {m.offset} {m.size}" for m in self.members)
+        lines = (
+            f"{m.tar} {m.name} {m.offset} {m.size}{f' {json.dumps(m.listed)}' if m.listed else ''}"
+            for m in self.members
+        )
         return {
             "source": self.tars[0].resolve().parent.name,
             "files": len(self),
@@ -236,7 +241,13 @@ class ImageNetTarsLayout(Layout):
                 members = sorted(_nested(path), key=lambda member: member.name)
                 if not members:
                     raise UserError(f"{path}: no images in this tar")
-                parts.append(Part(split, None, split, TarSource([path], members, cls.name)))
+                classes, told = val_classes(path.parent, path.parent)
+                members = [
+                    member if member.known else replace(member, listed=class_of(member.name, classes, told, str(path)))
+                    for member in members
+                ]
+                notes = without_class(sum(not (member.known or member.listed) for member in members), split)
+                parts.append(Part(split, None, split, TarSource([path], members, cls.name), notes))
         if not parts:
             raise UserError(f"--split {request.split}: {spec} has {', '.join(found)}")
         return parts

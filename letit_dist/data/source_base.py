@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,12 +211,13 @@ def is_image(name: str) -> bool:
     return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not name.rpartition("/")[2].startswith(".")
 
 
-def walk(folder: str | Path) -> tuple[list[str], int]:
-    """(sorted relative paths of all images below, number of other files).
+def walk(folder: str | Path) -> tuple[list[str], Counter[str]]:
+    """(sorted relative paths of all images below, how many other files with which ending, hidden ones left out).
 
     Linked folders are walked, hidden ones are not; nor is a link to a folder above itself, which would never end.
     """
-    paths, other = [], 0
+    paths = []
+    other: Counter[str] = Counter()
     for root, folders, names in os.walk(folder, followlinks=True):
         inside = Path(root).relative_to(folder)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -228,18 +230,37 @@ def walk(folder: str | Path) -> tuple[list[str], int]:
         for name in names:
             if is_image(name):
                 paths.append((inside / name).as_posix())
-            else:
-                other += 1
+            elif not name.startswith("."):
+                other[Path(name).suffix.lower()] += 1
     return sorted(paths), other
+
+
+def unseen(other: Counter[str], most: int = 5) -> tuple[str, ...]:
+    """A note on files that are not taken for images, or none."""
+    if not other:
+        return ()
+    listed = [f"{count} {ending or 'without ending'}" for ending, count in other.most_common(most)]
+    more = ", ..." if len(other) > most else ""
+    return (f"{other.total()} other files not looked at: {', '.join(listed)}{more}",)
+
+
+def with_notes(parts: Sequence[Part], notes: Sequence[str]) -> list[Part]:
+    """The parts, with the notes on the first."""
+    return [replace(part, notes=tuple(notes) if part is parts[0] else ()) for part in parts]
 
 
 def images_below(folder: str | Path) -> list[str]:
     """Sorted relative paths; raises UserError if there is none."""
+    return images_and_others(folder)[0]
+
+
+def images_and_others(folder: str | Path) -> tuple[list[str], Counter[str]]:
+    """What `walk` gives; raises UserError if there is no image."""
     paths, other = walk(folder)
     if not paths:
         known = ", ".join(IMAGE_EXTENSIONS)
-        raise UserError(f"{folder}: no images below this folder ({other} other files; looked for {known})")
-    return paths
+        raise UserError(f"{folder}: no images below this folder ({other.total()} other files; looked for {known})")
+    return paths, other
 
 
 def first_images(folder: str | Path, count: int = 20) -> list[str]:

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from letit_dist.data.source_base import (
@@ -21,6 +20,7 @@ from letit_dist.data.source_base import (
     images_below,
     select,
     subfolders,
+    with_notes,
 )
 from letit_dist.data.transforms import UnreadableImage
 from letit_dist.errors import UserError
@@ -89,11 +89,7 @@ class FfhqLayout(Layout):
             why = "only files in the official folders can be" if table else f"{cls.LIST} is not there"
             notes.append(f"MD5 not checked: {why}")
         parts = by_domain_and_split(folder, files, cls.name, FfhqSource)
-        return _with_notes(select(parts, request, spec), notes)
-
-
-def _with_notes(parts: list[Part], notes: list[str]) -> list[Part]:
-    return [replace(part, notes=tuple(notes) if part is parts[0] else ()) for part in parts]
+        return with_notes(select(parts, request, spec), notes)
 
 
 def _some_images(folder: Path) -> list[str]:
@@ -182,7 +178,7 @@ class _AttributedFaces(Layout):
             raise UserError(f"{spec}: one domain where two are needed: {have}")
         if not splits:
             notes.append(f"no split: {cls._split_hint}")
-        return _with_notes(select(by_domain_and_split(root, files, cls.name), request, spec), notes)
+        return with_notes(select(by_domain_and_split(root, files, cls.name), request, spec), notes)
 
 
 class CelebaLayout(_AttributedFaces):

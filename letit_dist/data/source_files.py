@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from letit_dist.data.source_base import (
     Source,
     by_domain_and_split,
     first_images,
-    images_below,
+    images_and_others,
     is_image,
     select,
     subfolders,
+    unseen,
     walk,
+    with_notes,
 )
 from letit_dist.errors import UserError
 
@@ -55,10 +58,10 @@ class FolderLayout(Layout):
 
     @classmethod
     def parts(cls, spec: str, request: Request) -> list[Part]:
-        paths = images_below(spec)
+        paths, other = images_and_others(spec)
         if request.layout != cls.name:
             _refuse_mixed_splits(spec, paths)
-        return [Part("", request.domain, request.split, FileSource(spec, paths))]
+        return [Part("", request.domain, request.split, FileSource(spec, paths), unseen(other))]
 
 
 def _refuse_mixed_splits(spec: str, paths: list[str]) -> None:
@@ -88,12 +91,14 @@ class DomainsLayout(Layout):
 
     @classmethod
     def parts(cls, spec: str, request: Request) -> list[Part]:
-        images = {name: walk(Path(spec, name))[0] for name in subfolders(spec)}
+        walked = {name: walk(Path(spec, name)) for name in subfolders(spec)}
+        images = {name: paths for name, (paths, _) in walked.items()}
         files: list[Found] = [(name, None, f"{name}/{path}", {}) for name, paths in images.items() for path in paths]
         if len(found := [name for name, paths in images.items() if paths]) < 2:
             have = ", ".join(found) or "none"
             raise UserError(f"{spec}: two domains are needed, one folder of images each; found {have}")
-        return select(by_domain_and_split(spec, files, cls.name), request, spec)
+        other = sum((others for _, others in walked.values()), Counter())
+        return with_notes(select(by_domain_and_split(spec, files, cls.name), request, spec), unseen(other))
 
 
 class ListLayout(Layout):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,22 @@ from letit_dist.data.source_base import (
     images_below,
     select,
     subfolders,
+    unseen,
     walk,
+    with_notes,
 )
 from letit_dist.data.source_files import SPLITS
 from letit_dist.errors import UserError
 
 SYNSET = re.compile(r"n\d{8}")
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+SOLUTION = "LOC_val_solution.csv"  # Kaggle's
 # CycleGAN's folder is called ukiyoe2photo, the papers say ukiyo2photo: one name for the domain.
 SPELLINGS = {"ukiyoe": "ukiyo"}
 
 
 class ImageNetLayout(Layout):
-    """ImageNet-1k unpacked: train/n01440764/*.JPEG; val the same or flat, with the devkit's ground truth."""
+    """ImageNet-1k unpacked: train/n01440764/*.JPEG; val the same or flat, with its list of classes."""
 
     name = "imagenet"
     takes = frozenset({"split"})
@@ -56,41 +60,60 @@ class ImageNetLayout(Layout):
             folder = root / split
             if not folder.is_dir():
                 continue
-            truth = _ground_truth(spec, root) if first_images(folder, 1) else None
-            files, notes = [], []
+            classes, told = val_classes(Path(spec), root) if first_images(folder, 1) else ({}, None)
+            files = []
             for path in images_below(folder):
                 synset = path.partition("/")[0]
-                known: dict[str, Any] = {"synset": synset} if SYNSET.fullmatch(synset) else {}
-                if truth is not None and (number := _val_number(path)) is not None:
-                    if number > len(truth):
-                        raise UserError(f"{folder / path}: {GROUND_TRUTH} has {len(truth)} lines, none for this image")
-                    known = {"ilsvrc_id": truth[number - 1]}
+                known = {"synset": synset} if SYNSET.fullmatch(synset) else {}
+                known = known or class_of(path, classes, told, str(folder))
                 files.append((f"{split}/{path}", known))
-            unlabelled = sum(not known for _, known in files)
-            if unlabelled:
-                notes.append(f"{unlabelled} images of {split} without a class (no synset folder, no {GROUND_TRUTH})")
-            source = FileSource(root, files, cls.name)
-            parts.append(Part(split, None, split, source, tuple(notes)))
+            notes = without_class(sum(not known for _, known in files), split)
+            parts.append(Part(split, None, split, FileSource(root, files, cls.name), notes))
         if not parts:
             raise UserError(f"{spec}: neither train nor val here")
         return select(parts, request, spec)
 
 
-def _val_number(path: str) -> int | None:
-    match = re.search(r"ILSVRC2012_val_(\d{8})", path)
-    return int(match.group(1)) if match else None
+def class_of(name: str, classes: dict[int, dict[str, Any]], told: Path | None, place: str) -> dict[str, Any]:
+    """What `val_classes` knows of a validation image; raises UserError for an image that its list leaves out."""
+    match = re.search(r"ILSVRC2012_val_(\d{8})", name)
+    if match is None or told is None:
+        return {}
+    if (number := int(match.group(1))) not in classes:
+        raise UserError(f"{place}, {name}: {told.name} has {len(classes)} lines, none for this image")
+    return classes[number]
 
 
-def _ground_truth(spec: str, root: Path) -> list[int] | None:
-    """The devkit's number of the class (ILSVRC2012_ID, 1 to 1000) of each validation image."""
-    places = (root, Path(spec), Path(spec, "data"), *Path(spec).glob("ILSVRC2012_devkit*/data"))
+def val_classes(spec: Path, root: Path) -> tuple[dict[int, dict[str, Any]], Path | None]:
+    """(the class of each validation image by its number, the list that says it or None).
+
+    Kaggle's list has synsets, as the training folders have; the devkit's has ILSVRC2012_ID, 1 to 1000.
+    """
+    around = [root, spec, *list(root.absolute().parents)[:3]]
+    if path := next((place / SOLUTION for place in around if (place / SOLUTION).is_file()), None):
+        rows = re.findall(r"^ILSVRC2012_val_(\d{8}),\s*(n\d{8})", _lines(path), re.MULTILINE)
+        return {int(number): {"synset": synset} for number, synset in rows}, path
+    places = (root, spec, spec / "data", *spec.glob("ILSVRC2012_devkit*/data"))
     path = next((place / GROUND_TRUTH for place in places if (place / GROUND_TRUTH).is_file()), None)
     if path is None:
-        return None
+        return {}, None
     try:
-        return [int(line) for line in path.read_text().split()]
-    except (OSError, ValueError) as error:
+        return {n: {"ilsvrc_id": int(line)} for n, line in enumerate(_lines(path).split(), 1)}, path
+    except ValueError as error:
         raise UserError(f"{path}: a number a line was expected: {error}") from None
+
+
+def _lines(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def without_class(count: int, split: str) -> tuple[str, ...]:
+    """A note on `count` images, or none."""
+    lists = f"{GROUND_TRUTH}, no {SOLUTION}"
+    return (f"{count} images of {split} without a class (no synset folder, no {lists})",) if count else ()
 
 
 class SplitDomainsLayout(Layout):
@@ -141,13 +164,15 @@ class SplitDomainsLayout(Layout):
         held_out = {"val": "test"} if "test" not in found else {}
         classes = max(len(names) for _, names in found.values()) > cls.MOST_DOMAINS
         files = []
+        other: Counter[str] = Counter()
         for split, (folder, domains) in found.items():
             for name in domains:
                 inside = f"{folder}/{name}".rstrip("/")
                 domain, known = (None, {"class": name}) if classes else (name or None, {})
-                paths = walk(Path(spec, inside))[0]
+                paths, others = walk(Path(spec, inside))
+                other += others
                 files += [(domain, held_out.get(split, split), f"{inside}/{path}", known) for path in paths]
-        return select(by_domain_and_split(spec, files, cls.name), request, spec)
+        return with_notes(select(by_domain_and_split(spec, files, cls.name), request, spec), unseen(other))
 
 
 class CycleGanLayout(Layout):
@@ -168,7 +193,8 @@ class CycleGanLayout(Layout):
     @classmethod
     def parts(cls, spec: str, request: Request) -> list[Part]:
         found = cls._found(spec)
-        images = {name: walk(Path(spec, name))[0] for name in found}
+        walked = {name: walk(Path(spec, name)) for name in found}
+        images = {name: paths for name, (paths, _) in walked.items()}
         if not any(images.values()):
             raise UserError(f"{spec}: no images in trainA, trainB, testA or testB here")
         names = dict(zip("AB", cls.domains(spec), strict=True))
@@ -183,7 +209,8 @@ class CycleGanLayout(Layout):
             for name, paths in images.items()
             for path in paths
         ]
-        return select(by_domain_and_split(spec, files, cls.name), request, spec)
+        left = sum((others for _, others in walked.values()), Counter())
+        return with_notes(select(by_domain_and_split(spec, files, cls.name), request, spec), unseen(left))
 
     @staticmethod
     def domains(spec: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from letit_dist.errors import UserError
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 FORMATS = ("png", "jpeg", "webp")
 FILTERS = ("box", "lanczos")
+EXIF_MARKS = (b"Exif\0", b"eXIf", b"EXIF", b"Raw profile type exif")  # of JPEG, PNG, WebP, older PNG
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
@@ -52,9 +53,23 @@ def decode(data: bytes, notes: list[str] | None = None, *, trusted: bool = False
     """
     if not data:
         raise UnreadableImage("empty file")
-    notes = [] if notes is None else notes
+    if notes is None:
+        notes = []
+    elif _turned(data):
+        notes.append("turned upright, as EXIF says")
     pixels = _fast(data, notes, trusted) if fast_decoders() else None
     return _pillow(data, notes) if pixels is None else pixels
+
+
+def _turned(data: bytes) -> bool:
+    """Whether EXIF says that the stored pixels are not upright."""
+    if not data.startswith((b"II*\0", b"MM\0*")) and not any(mark in data for mark in EXIF_MARKS):
+        return False
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.getexif().get(0x0112, 1) in range(2, 9)
+    except Exception:
+        return False  # what is wrong with it is said where it is decoded
 
 
 def image_type(data: bytes) -> str | None:
