@@ -87,9 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.check:
         from letit_dist.training.estimate import data_lines, footprint, report, start_lines
 
-        lines = timetable(levels, plans, config.training.images) + start_lines(
-            config, build_autoencoder(config.autoencoder).start_from
-        )
+        lines = timetable(levels, plans, config.training.images)
+        lines += start_lines(config, lambda path: build_autoencoder(config.autoencoder).start_from(path))
         lines += data_lines(config, plans[0].ranks)
         found = footprint(build, config, levels, plans, shards_optimizer=args.zero)
         lines += report(found, config, levels, args.run)
