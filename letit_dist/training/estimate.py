@@ -108,7 +108,7 @@ def report(found: Footprint, config: PretrainConfig, levels: Sequence[Level], ru
 
 
 def start_lines(config: PretrainConfig, begin: Callable[[str], dict[str, Any]]) -> list[str]:
-    """Whose weights the run would begin with, by `begin`, which takes them. Raises UserError where they are here and do not fit."""
+    """Whose weights the run would begin with, by `begin`, which takes them; UserError if they do not fit."""
     if config.start_from is None:
         return []
     if not Path(config.start_from).exists():
