@@ -26,7 +26,6 @@ _WIDE = 64  # channels on both sides from which the transforms cost less than th
 # output for 128 channels in float32; plain sums 1e-6, with 2 in place of 1/2 9e-6).
 _POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
 _TILE = 4  # outputs of a tile along one axis
-Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 
 class _Scheme:
@@ -119,7 +118,8 @@ class _Layer(NamedTuple):
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
         coarse = x.shape[2:] if self.transposed else [side // self.stride for side in x.shape[2:]]
         whole = all(side > 0 and side % _TILE == 0 for side in coarse)
-        return plain and whole and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+        known = (self.stride, *weight.shape[2:]) in ((1, 3, 3), (2, 4, 4))
+        return plain and known and whole and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.transposed:
@@ -203,23 +203,45 @@ class _Convolve(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None, None
 
 
-def convolve(layer: Convolution, x: Tensor) -> Tensor:
-    """`layer(x)`, for (B, C, H, W)."""
-    plan = _Layer(layer.stride[0], layer.transposed)
-    if not plan.suits(x, layer.weight):
-        return layer(x)
-    return _Convolve.apply(x, layer.weight, layer.bias, plan, False, False, None)
+class _Rectifying:
+    """forward(x) is the convolution of x, (B, C, H, W); with `relu` it is (the convolution of ReLU(x), ReLU(x)).
 
-
-def rectify_and_convolve(
-    layer: Convolution, x: Tensor, *, overwrite: bool = False, again: Callable[[], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """(layer(ReLU(x)), ReLU(x)) for x (B, C, H, W). With `overwrite`, ReLU(x) takes the place of x.
-
-    `again` computes x another time: on a CPU the backward pass calls it, and ReLU(x) is not kept for that.
+    With `overwrite`, ReLU(x) takes the place of x. `again` computes x another time: on a CPU the backward pass calls
+    it, and ReLU(x) is not kept for that.
     """
-    plan = _Layer(layer.stride[0], layer.transposed)
-    if not plan.suits(x, layer.weight):
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        relu: bool = False,
+        overwrite: bool = False,
+        again: Callable[[], Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        plan = _Layer(self.stride[0], self.transposed)
+        if plan.suits(x, self.weight):
+            return _Convolve.apply(x, self.weight, self.bias, plan, relu, overwrite, again)
+        if not relu:
+            return super().forward(x)
         start = F.relu(x, inplace=overwrite)
-        return layer(start), start
-    return _Convolve.apply(x, layer.weight, layer.bias, plan, True, overwrite, again)
+        return super().forward(start), start
+
+
+class Conv2d(_Rectifying, nn.Conv2d):
+    """torch's, on a CPU with gradients by products."""
+
+
+class ConvTranspose2d(_Rectifying, nn.ConvTranspose2d):
+    """torch's, on a CPU with gradients by products."""
+
+
+class JoinedConv2d(nn.Conv2d):
+    """A pointwise convolution of several maps as if they were one, which then need not be made or kept."""
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        """(B, C1, H, W), (B, C2, H, W), ... with sum C = in_channels to (B, out_channels, H, W)."""
+        parts = self.weight.split([x.shape[1] for x in maps], 1)
+        found = F.conv2d(maps[0], parts[0], self.bias)
+        for x, part in zip(maps[1:], parts[1:], strict=True):
+            found = found + F.conv2d(x, part)
+        return found
