@@ -24,6 +24,11 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_maps_too(monkeypatch):
+    monkeypatch.setattr(convolution, "_LEAST", 0)
+
+
 def ours(layer: nn.Module, x: Tensor, **options) -> Tensor:
     return layer(x, **options)
 
@@ -147,3 +152,10 @@ def test_several_maps_as_one():
     x = torch.randn(2, 12, 4, 4, dtype=torch.float64)
     found = gradients(layer, x, lambda layer, x: layer(x[:, :4], x[:, 4:7], x[:, 7:]))
     assert apart(found, gradients(layer, x, nn.Conv2d.forward)) < 1e-12
+
+
+def test_small_maps_are_torchs(layer, monkeypatch):
+    monkeypatch.setattr(convolution, "_LEAST", 10**9)
+    monkeypatch.setattr(convolution._Convolve, "apply", None)
+    x = maps(layer, (4, 4))
+    assert torch.equal(layer(x), plain(layer, x))

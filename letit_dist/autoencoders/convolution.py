@@ -10,6 +10,7 @@ multiplications than outputs times weights, and the sum over channels is a produ
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 _TILES = 128  # taken at once: their transforms, about 2 MiB at 128 channels, then stay in the cache
+_LEAST = 1 << 24  # multiplications of a direction below which its many small operations cost more than they save
 _NARROW = 16  # channels below which torch's own gradients are as fast
 _WIDE = 64  # channels on both sides from which the transforms cost less than the products they save
 # Where the polynomials of the scheme are evaluated, beside infinity: the choice that rounds least (4e-6 of the largest
@@ -118,8 +120,16 @@ class _Layer(NamedTuple):
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
         coarse = x.shape[2:] if self.transposed else [side // self.stride for side in x.shape[2:]]
         whole = all(side > 0 and side % _TILE == 0 for side in coarse)
+        large = len(x) * math.prod(coarse) * weight.numel() >= _LEAST
         known = (self.stride, *weight.shape[2:]) in ((1, 3, 3), (2, 4, 4))
-        return plain and known and whole and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+        return (
+            plain
+            and known
+            and whole
+            and large
+            and x.dtype == weight.dtype
+            and x.dtype in (torch.float32, torch.float64)
+        )
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.transposed:
