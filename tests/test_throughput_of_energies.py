@@ -7,6 +7,7 @@ import pytest
 import torch
 from programs import ROOT, run
 
+from letit_dist.autoencoders import convolution
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
 from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
 from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig
@@ -97,9 +98,12 @@ def test_no_compiler_for_energies():
     assert done.code == 2 and "--steps 0: must be at least 1" in done.err
 
 
-@pytest.fixture
-def vqvae2_sides(fresh_accelerate, tmp_path):
+@pytest.fixture(params=["as torch", "by products"])
+def vqvae2_sides(fresh_accelerate, tmp_path, monkeypatch, request):
     fresh_accelerate()
+    if request.param == "by products":  # which such small maps would not be
+        monkeypatch.setattr(convolution, "_LEAST", 0)
+        monkeypatch.setattr(convolution, "_NARROW", 1)
     config = VQVAE2Config(resolution=32, channels=8, residual_channels=4, code_dim=4, codes=16)
     return Vqvae2Sides(config, batch=2, run=tmp_path, precision="fp64")
 
@@ -125,3 +129,13 @@ def test_vqvae2(tmp_path):
     done = run(THROUGHPUT, "vqvae2", "--resolution", 16, 32, "--channels", 8, "--batch", 2, "--repeats", 2)
     assert done.code == 0, done.err
     assert re.search(r"\| 32 pixels .*at least 1.5 .*float64: loss .*; float32: loss", done.out)
+
+
+def test_vqvae2_layer_by_layer():
+    size = ("--resolution", 32, "--channels", 8, "--batch", 1, "--repeats", 1, "--threads", 1)
+    done = run(THROUGHPUT, "vqvae2", "--layers", *size)
+    assert done.code == 0, done.err
+    assert "4 x bottom_encoder.blocks.0.conv1 (2x8x3x3 on 8 x 8)" in done.out
+    assert re.search(r"all convolutions of an iteration: row-major \d+ ms, .*GFLOP at the rate of products", done.out)
+    done = run(THROUGHPUT, "vqvae2", "--layers", "--bf16")
+    assert done.code == 2 and "--bf16 has no effect on vqvae2" in done.err

@@ -10,6 +10,7 @@ multiplications than outputs times weights, and the sum over channels is a produ
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,13 +21,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 _TILES = 128  # taken at once: their transforms, about 2 MiB at 128 channels, then stay in the cache
+_LEAST = 1 << 24  # multiplications of a direction below which its many small operations cost more than they save
 _NARROW = 16  # channels below which torch's own gradients are as fast
 _WIDE = 64  # channels on both sides from which the transforms cost less than the products they save
 # Where the polynomials of the scheme are evaluated, beside infinity: the choice that rounds least (4e-6 of the largest
 # output for 128 channels in float32; plain sums 1e-6, with 2 in place of 1/2 9e-6).
 _POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
 _TILE = 4  # outputs of a tile along one axis
-Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 
 class _Scheme:
@@ -119,7 +120,16 @@ class _Layer(NamedTuple):
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
         coarse = x.shape[2:] if self.transposed else [side // self.stride for side in x.shape[2:]]
         whole = all(side > 0 and side % _TILE == 0 for side in coarse)
-        return plain and whole and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+        large = len(x) * math.prod(coarse) * weight.numel() >= _LEAST
+        known = (self.stride, *weight.shape[2:]) in ((1, 3, 3), (2, 4, 4))
+        return (
+            plain
+            and known
+            and whole
+            and large
+            and x.dtype == weight.dtype
+            and x.dtype in (torch.float32, torch.float64)
+        )
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.transposed:
@@ -203,23 +213,55 @@ class _Convolve(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None, None
 
 
-def convolve(layer: Convolution, x: Tensor) -> Tensor:
-    """`layer(x)`, for (B, C, H, W)."""
-    plan = _Layer(layer.stride[0], layer.transposed)
-    if not plan.suits(x, layer.weight):
-        return layer(x)
-    return _Convolve.apply(x, layer.weight, layer.bias, plan, False, False, None)
-
-
-def rectify_and_convolve(
-    layer: Convolution, x: Tensor, *, overwrite: bool = False, again: Callable[[], Tensor] | None = None
+def _after_relu(
+    layer: nn.Conv2d | nn.ConvTranspose2d,
+    x: Tensor,
+    *,
+    overwrite: bool = False,
+    again: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(layer(ReLU(x)), ReLU(x)) for x (B, C, H, W). With `overwrite`, ReLU(x) takes the place of x.
+    """(the convolution of ReLU(x), ReLU(x)) for x (B, C, H, W). With `overwrite`, ReLU(x) takes the place of x.
 
     `again` computes x another time: on a CPU the backward pass calls it, and ReLU(x) is not kept for that.
     """
     plan = _Layer(layer.stride[0], layer.transposed)
-    if not plan.suits(x, layer.weight):
-        start = F.relu(x, inplace=overwrite)
-        return layer(start), start
-    return _Convolve.apply(x, layer.weight, layer.bias, plan, True, overwrite, again)
+    if plan.suits(x, layer.weight):
+        return _Convolve.apply(x, layer.weight, layer.bias, plan, True, overwrite, again)
+    start = F.relu(x, inplace=overwrite)
+    return layer(start), start
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, on a CPU with gradients by products."""
+
+    after_relu = _after_relu
+
+    def forward(self, input: Tensor) -> Tensor:
+        plan = _Layer(self.stride[0], False)
+        if plan.suits(input, self.weight):
+            return _Convolve.apply(input, self.weight, self.bias, plan, False, False, None)
+        return super().forward(input)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """torch's, on a CPU with gradients by products."""
+
+    after_relu = _after_relu
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        plan = _Layer(self.stride[0], True)
+        if output_size is None and plan.suits(input, self.weight):
+            return _Convolve.apply(input, self.weight, self.bias, plan, False, False, None)
+        return super().forward(input, output_size)
+
+
+class JoinedConv2d(nn.Conv2d):
+    """A pointwise convolution of several maps as if they were one, which then need not be made or kept."""
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        """(B, C1, H, W), (B, C2, H, W), ... with sum C = in_channels to (B, out_channels, H, W)."""
+        parts = self.weight.split([x.shape[1] for x in maps], 1)
+        found = F.conv2d(maps[0], parts[0], self.bias)
+        for x, part in zip(maps[1:], parts[1:], strict=True):
+            found = found + F.conv2d(x, part)
+        return found

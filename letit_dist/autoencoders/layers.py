@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from letit_dist.autoencoders.convolution import convolve, rectify_and_convolve
+from letit_dist.autoencoders.convolution import Conv2d, ConvTranspose2d
 
 
 class LayerNoise(nn.Module):
@@ -36,14 +36,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, hidden: int, *, relu_skip: bool, noise: bool = False):
         super().__init__()
         self.relu_skip = relu_skip
-        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv1 = Conv2d(channels, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, channels, 1)
         self.noise1 = LayerNoise() if noise else None
         self.noise2 = LayerNoise() if noise else None
 
     def forward(self, x: Tensor, noise: Iterator[Tensor] | None = None) -> Tensor:
         """(B, C, H, W) to the same shape; takes two maps from `noise` where the block has noise layers."""
-        h, start = rectify_and_convolve(self.conv1, x, overwrite=self.relu_skip)
+        h, start = self.conv1.after_relu(x, overwrite=self.relu_skip)
         if self.noise1 is not None and noise is not None:
             h = self.noise1(h, next(noise))
         h = self.conv2(F.relu(h, inplace=True))
@@ -59,19 +59,19 @@ class StridedEncoder(nn.Module):
         super().__init__()
         half = channels // 2
         widths = {4: [inputs, half, channels], 2: [inputs, half]}[stride]
-        convs = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths)]
-        self.convs = nn.ModuleList([*convs, nn.Conv2d(widths[-1], channels, 3, padding=1)])
+        convs = [Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths)]
+        self.convs = nn.ModuleList([*convs, Conv2d(widths[-1], channels, 3, padding=1)])
         self.blocks = nn.ModuleList(ResidualBlock(channels, hidden, relu_skip=relu_skip) for _ in range(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, channels, H / stride, W / stride), not negative."""
-        first, second, *others = (conv for conv in self.convs if isinstance(conv, nn.Conv2d))
-        inputs, x = x, convolve(first, x)
+        first, second, *others = (conv for conv in self.convs if isinstance(conv, Conv2d))
+        inputs, x = x, first(x)
         # Of images it is the largest map, and the cheapest to compute.
         again = (lambda: first(inputs)) if x.numel() > inputs.numel() else None
-        x, _ = rectify_and_convolve(second, x, overwrite=True, again=again)
+        x, _ = second.after_relu(x, overwrite=True, again=again)
         for conv in others:
-            x, _ = rectify_and_convolve(conv, x, overwrite=True)
+            x, _ = conv.after_relu(x, overwrite=True)
         for block in self.blocks:
             x = block(x)
         return F.relu(x)
@@ -98,22 +98,22 @@ class StridedDecoder(nn.Module):
     ) -> None:
         super().__init__()
         assert stride == 4 or not noise, "layer noise belongs to the bottom decoder"
-        self.conv = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.conv = Conv2d(inputs, channels, 3, padding=1)
         self.blocks = nn.ModuleList(
             ResidualBlock(channels, hidden, relu_skip=relu_skip, noise=noise) for _ in range(blocks)
         )
         widths = {4: [channels, channels // 2, outputs], 2: [channels, outputs]}[stride]
-        self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths))
+        self.ups = nn.ModuleList(ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths))
         self.noise = LayerNoise() if noise else None
 
     def forward(self, x: Tensor, noise: Iterator[Tensor] | None = None) -> Tensor:
         """(B, inputs, h, w) to (B, outputs, h * stride, w * stride); takes its maps from `noise` in order."""
-        x = convolve(self.conv, x)
+        x = self.conv(x)
         for block in self.blocks:
             x = block(x, noise)
-        *ups, last = (up for up in self.ups if isinstance(up, nn.ConvTranspose2d))
+        *ups, last = (up for up in self.ups if isinstance(up, ConvTranspose2d))
         for up in ups:
-            x, _ = rectify_and_convolve(up, x, overwrite=True)
+            x, _ = up.after_relu(x, overwrite=True)
             if self.noise is not None and noise is not None:
                 x = self.noise(x, next(noise))
-        return rectify_and_convolve(last, x, overwrite=True)[0]
+        return last.after_relu(x, overwrite=True)[0]

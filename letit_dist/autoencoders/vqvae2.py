@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from letit_dist.autoencoders.base import Autoencoder, AutoencoderConfig
+from letit_dist.autoencoders.convolution import ConvTranspose2d, JoinedConv2d
 from letit_dist.autoencoders.layers import StridedDecoder, StridedEncoder
 from letit_dist.autoencoders.quantize import BatchPlace, CodebookStats, Quantizer
 from letit_dist.autoencoders.recompute import recomputed
@@ -97,9 +97,9 @@ class VQVAE2(Autoencoder):
         self.top_projection = nn.Conv2d(width, depth, 1)
         self.top_quantizer = Quantizer(config.codes, depth, name="top", **book)
         self.top_decoder = StridedDecoder(depth, depth, *block, stride=2, relu_skip=skip)
-        self.bottom_projection = nn.Conv2d(depth + width, depth, 1)
+        self.bottom_projection = JoinedConv2d(depth + width, depth, 1)
         self.bottom_quantizer = Quantizer(config.codes, depth, name="bottom", **book)
-        self.top_upsample = nn.ConvTranspose2d(depth, depth, 4, stride=2, padding=1)
+        self.top_upsample = ConvTranspose2d(depth, depth, 4, stride=2, padding=1)
         self.decoder = StridedDecoder(2 * depth, 3, *block, stride=4, relu_skip=skip, noise=config.noise)
 
     def recompute(self, side: int | None) -> None:
@@ -120,16 +120,8 @@ class VQVAE2(Autoencoder):
         bottom = self.bottom_encoder(images)
         top = self.top_quantizer.lookup(self.top_projection(self.top_encoder(bottom)))
         context = self.top_decoder(self.top_quantizer.embed_codes(top))
-        bottom = self.bottom_quantizer.lookup(self._project(context, bottom))
+        bottom = self.bottom_quantizer.lookup(self.bottom_projection(context, bottom))
         return {"top": top, "bottom": bottom}
-
-    def _project(self, context: Tensor, bottom: Tensor) -> Tensor:
-        """(B, code_dim, h, w) and (B, channels, h, w) to (B, code_dim, h, w): `bottom_projection` of both joined.
-
-        Without joining them: the joined map would be kept for the backward pass, beside its parts.
-        """
-        of_context, of_bottom = self.bottom_projection.weight.split([context.shape[1], bottom.shape[1]], 1)
-        return F.conv2d(context, of_context) + F.conv2d(bottom, of_bottom, self.bottom_projection.bias)
 
     def latents_from_codes(self, codes: dict[str, Tensor]) -> Tensor:
         """{"top": (B, H/8, W/8), "bottom": (B, H/4, W/4)} to latents (B, 2 * code_dim, H/4, W/4).
@@ -209,7 +201,7 @@ class VQVAE2(Autoencoder):
         bottom = recomputed(self.bottom_encoder, images, when=self._recompute)
         top = self.top_projection(self.top_encoder(bottom))
         top, commitment_top, _ = self.top_quantizer(top, collect=self.training, place=place)
-        bottom = self._project(self.top_decoder(top), bottom)
+        bottom = self.bottom_projection(self.top_decoder(top), bottom)
         bottom, commitment_bottom, _ = self.bottom_quantizer(bottom, collect=self.training, place=place)
         latents = torch.cat([self.top_upsample(top), bottom], 1)
         drawn = self._noise_for(latents, noise, generator)

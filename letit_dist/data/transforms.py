@@ -179,8 +179,9 @@ def _pillow(data: bytes, notes: list[str]) -> Tensor:
         notes.append("16 bits reduced to 8")  # in colour, Pillow keeps the high byte and does not say so
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise UnreadableImage(f"animated or several pages: {image.n_frames} frames in a {image.format}")
+            frames = getattr(image, "n_frames", 1)
+            if image.format != "MPO" and frames > 1:
+                raise UnreadableImage(f"animated or several pages: {frames} frames in a {image.format}")
             image.load()
             return _from_pillow(ImageOps.exif_transpose(image), notes)
     except UnreadableImage:
