@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-_TILES = 128  # taken at once: their transforms, about 2 MiB at 128 channels, then stay in the cache
+_TILES = 64  # taken at once: their transforms, about 1 MiB at 128 channels, then stay in the cache
 _LEAST = 1 << 24  # multiplications of a direction below which its many small operations cost more than they save
 _NARROW = 16  # channels below which torch's own gradients are as fast
 _WIDE = 64  # channels on both sides from which the transforms cost less than the products they save
@@ -198,7 +198,6 @@ class _Convolve(torch.autograd.Function):
                 start = ctx.again().relu_()
         of_x = of_weight = of_bias = None
         if gradient is not None:
-            gradient = gradient.contiguous(memory_format=torch.channels_last)
             if ctx.needs_input_grad[1]:
                 of_weight = layer.weight_gradient(gradient, start, weight)
             if ctx.needs_input_grad[2]:
