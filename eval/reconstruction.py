@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         of.save_sheet(autoencoder, dataset, parts[-1], args.out / "sheets" / f"{name}.png")
     rows = [part.row(extra) for part in (*parts, *([of.together(parts)] if len(parts) > 1 else []))]
     write_lines(rows, args.out / "reconstruction.jsonl")
-    print(markdown(rows, [column for column in rows[0] if column not in ("domain", "split", "autoencoder")]))
+    columns = dict.fromkeys(column for row in rows for column in row)
+    print(markdown(rows, [column for column in columns if column not in ("domain", "split", "autoencoder")]))
     print(f"sheets: {args.out / 'sheets'}")
     return 0
 

@@ -112,6 +112,18 @@ def test_a_known_error(apples):
     assert perfect.counts == {} and not any(name.endswith("_used") for name in perfect.row())
 
 
+def test_an_image_that_comes_back_exactly_is_counted_and_spoils_no_mean(apples):
+    measured = measure_reconstruction(Darker(32), apples)
+    before = measured.row()
+    assert "exact" not in before
+    measured.scores["psnr"] = torch.cat(
+        [measured.scores["psnr"], psnr(torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32))]
+    )
+    assert measured.row()["psnr"] == pytest.approx(before["psnr"]) and measured.row()["exact"] == 1
+    measured.scores["psnr"] = torch.full((3,), math.inf).double()
+    assert measured.row()["psnr"] is None and measured.row()["exact"] == 3
+
+
 def test_codebook_usage_and_batches(apples, fruit_shards):
     autoencoder = tiny_autoencoder().eval().requires_grad_(False)
     parts = [measure_reconstruction(autoencoder, apples, batch=batch) for batch in (5, 24)]

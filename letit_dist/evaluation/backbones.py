@@ -35,7 +35,7 @@ from letit_dist.pretrained import find_folder, tensors_fingerprint
 
 _SHOWN = 8
 _TABLE = (
-    *("backbone", "latents", "psnr", "ssim", "lpips_alex", "lpips_vgg", "lpips_squeeze"),
+    *("backbone", "latents", "psnr", "exact", "ssim", "lpips_alex", "lpips_vgg", "lpips_squeeze"),
     *("reconstruction_accuracy", "mean_shift_accuracy", "target_accuracy", "content_error", "pair_error"),
     *("l2_to_source", "moved_lpips_alex", "moved_lpips_vgg", "moved_lpips_squeeze"),
     *("encode_seconds", "train_seconds", "translate_seconds"),
@@ -247,7 +247,11 @@ def _measure(
         "kind": autoencoder.config.kind,
         **{key: autoencoder.extra[key] for key in ("parent", "parent_fingerprint") if key in autoencoder.extra},
         "latents": "x".join(map(str, autoencoder.latent_shape)),
-        **{key: value for key, value in again.items() if key in ("mse", "psnr", "ssim") or key.startswith("lpips_")},
+        **{
+            key: value
+            for key, value in again.items()
+            if key in ("mse", "psnr", "exact", "ssim") or key.startswith("lpips_")
+        },
         **{key: value for key, value in again.items() if key.endswith(("_used", "_perplexity"))},
         "real_accuracy": by_method["real"]["target_accuracy"],
         "reconstruction_accuracy": by_method["reconstruction"]["target_accuracy"],

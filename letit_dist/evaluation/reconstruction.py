@@ -34,9 +34,17 @@ class Measured:
     counts: dict[str, Tensor] = field(default_factory=dict)  # name of a codebook -> (codes,) int64
 
     def row(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Means over the images; of a codebook the codes that were used, and the perplexity exp(H) of their shares."""
+        """Means over the images; of a codebook the codes that were used, and the perplexity exp(H) of their shares.
+
+        `exact` counts images that came back bit by bit, such as empty ones: their PSNR is infinite, and the mean is
+        that of the others (None where there are none).
+        """
         row = {"data": self.label, **self.meta, "images": len(self.scores["mse"])}
-        row |= {name: float(values.mean()) for name, values in self.scores.items()}
+        for name, values in self.scores.items():
+            finite = values[values.isfinite()]
+            row[name] = float(finite.mean()) if len(finite) else None
+            if name == "psnr" and len(finite) < len(values):
+                row["exact"] = len(values) - len(finite)
         for name, counts in self.counts.items():
             row |= {f"{name}_used": int((counts > 0).sum()), f"{name}_codes": len(counts)}
             row[f"{name}_perplexity"] = float(perplexity(counts))
