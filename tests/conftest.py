@@ -246,8 +246,9 @@ def tiny_energy_trainer(run: Path, latents: Path, *, feed=None, training=None, i
     """A Trainer of a convolutional energy on `fruit_latents`, apples to oranges, with Langevin noise."""
     from letit_dist.data.latents import LatentSet
     from letit_dist.energy.baselines import MeanShift
+    from letit_dist.energy.convolutional import ConvEnergyConfig
     from letit_dist.energy.langevin import LangevinConfig
-    from letit_dist.energy.models import ConvEnergyConfig, build_energy
+    from letit_dist.energy.models import build_energy
     from letit_dist.evaluation.latents import all_latents
     from letit_dist.recipes.base import OptimizerConfig
     from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe

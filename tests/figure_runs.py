@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from conftest import tiny_autoencoder
 
-from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.evaluation.energy_run import EnergyRun, open_run
 
 # Long steps: what an untrained energy does must show in the pixels.

@@ -33,7 +33,9 @@ def make_models(folder: Path, kind: str, resolution: int, *, multiplier: int = 1
     import torch
 
     from letit_dist.autoencoders.base import build_autoencoder
-    from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig, build_energy
+    from letit_dist.energy.convolutional import ConvEnergyConfig
+    from letit_dist.energy.mlp import MLPEnergyConfig
+    from letit_dist.energy.models import build_energy
     from letit_dist.registry import AUTOENCODERS
 
     torch.manual_seed(0)

@@ -8,8 +8,10 @@ import torch
 from letit_dist.config import TrainEnergyConfig, parse_config
 from letit_dist.data.latents import LatentPairs, LatentSet, LatentWriter, pairs_of
 from letit_dist.energy.baselines import MeanShift
+from letit_dist.energy.convolutional import ConvEnergyConfig
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig, build_energy, conditions_of, load_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy, conditions_of, load_energy
 from letit_dist.energy.objective import contrastive_loss
 from letit_dist.energy.translate import choose_translator
 from letit_dist.errors import UserError

@@ -12,16 +12,10 @@ from safetensors.torch import load_file
 
 from letit_dist.config import as_tree, parse_kind
 from letit_dist.energy.baselines import MeanShift
+from letit_dist.energy.convolutional import ConvEnergy, ConvEnergyConfig, EqualConv2d
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import (
-    ConvEnergy,
-    ConvEnergyConfig,
-    EqualConv2d,
-    MLPEnergy,
-    MLPEnergyConfig,
-    build_energy,
-    load_energy,
-)
+from letit_dist.energy.mlp import MLPEnergy, MLPEnergyConfig
+from letit_dist.energy.models import build_energy, load_energy
 from letit_dist.energy.objective import contrastive_loss
 from letit_dist.errors import UserError
 from letit_dist.interchange.energy import export_energy, import_energy

@@ -18,9 +18,10 @@ from programs import ROOT, run
 import letit_dist
 from letit_dist import hub, pretrained
 from letit_dist.data.inputs import open_images
+from letit_dist.energy.convolutional import ConvEnergyConfig
 from letit_dist.energy.folders import save_translators
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import ConvEnergyConfig, build_energy
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.translate import Translator
 from letit_dist.evaluation.translating import TranslateOptions, translate_all
 

@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist import rng
+from letit_dist.energy.convolutional import Block, ConvEnergy, ConvEnergyConfig, _pointwise
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler, frozen
-from letit_dist.energy.models import Block, ConvEnergy, ConvEnergyConfig, MLPEnergyConfig, _pointwise, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.objective import contrastive_loss
 
 

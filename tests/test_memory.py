@@ -13,7 +13,8 @@ from letit_dist import memory
 from letit_dist.autoencoders.alae import ALAE
 from letit_dist.data.synthetic import fruit
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.errors import UserError
 from letit_dist.memory import GIB, MemoryPlan, budget_bytes, chunk_for, cost_of, peak_bytes, plan_memory
 

@@ -10,7 +10,8 @@ from letit_dist import rng
 from letit_dist.autoencoders.quantize import BatchPlace
 from letit_dist.energy.baselines import MeanShift
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import MLPEnergyConfig, build_energy, load_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy, load_energy
 from letit_dist.energy.objective import contrastive_loss
 from letit_dist.errors import UserError
 from letit_dist.recipes.base import Batch, OptimizerConfig

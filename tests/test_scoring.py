@@ -13,7 +13,8 @@ from letit_dist.data.transforms import encode, to_images
 from letit_dist.data.writer import ShardWriter
 from letit_dist.energy.baselines import MeanShift
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation import attributes

@@ -191,8 +191,9 @@ def test_check_says_whose_weights_and_whether_they_fit(parent, fruit_shards, tmp
 
 
 def test_a_translator_folder_keeps_the_parent_of_its_autoencoder(tmp_path):
+    from letit_dist.energy.convolutional import ConvEnergyConfig
     from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-    from letit_dist.energy.models import ConvEnergyConfig, build_energy
+    from letit_dist.energy.models import build_energy
     from letit_dist.energy.translate import Translator
 
     tiny_autoencoder().save_pretrained(tmp_path / "a", parent="runs/imagenet", parent_fingerprint="0123")

@@ -7,7 +7,8 @@ from plain_autoencoders import Pixels
 from letit_dist.data.transforms import to_images
 from letit_dist.energy.classifier import LatentClassifier
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.translate import Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.strength import turn_dial

@@ -10,7 +10,8 @@ from programs import ROOT, run
 from letit_dist.autoencoders import convolution
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
 from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
-from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig
+from letit_dist.energy.convolutional import ConvEnergyConfig
+from letit_dist.energy.mlp import MLPEnergyConfig
 from letit_dist.errors import UserError
 
 sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there

@@ -13,7 +13,8 @@ from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.data.inputs import open_images
 from letit_dist.data.transforms import to_images, to_pixels
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.translate import Translator
 from letit_dist.evaluation import trajectories
 from letit_dist.evaluation.energy_run import EnergyRun

@@ -5,7 +5,8 @@ import torch
 
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.translate import Translator, load_translators
 from letit_dist.errors import UserError
 from letit_dist.registry import AUTOENCODERS

@@ -16,7 +16,8 @@ from letit_dist.data import inputs
 from letit_dist.data.inputs import open_images
 from letit_dist.data.transforms import decode, to_images, to_pixels
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.translate import Translator, choose_translator, open_translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation import translating

@@ -71,7 +71,8 @@ def _setting(kind: str, args: argparse.Namespace) -> tuple[AutoencoderConfig, Ch
     from letit_dist.autoencoders.beta_vae import BetaVAEConfig
     from letit_dist.autoencoders.vqvae2 import VQVAE2Config
     from letit_dist.config import parse_config
-    from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig
+    from letit_dist.energy.convolutional import ConvEnergyConfig
+    from letit_dist.energy.mlp import MLPEnergyConfig
     from speed.energy_sides import Chain
 
     start, most, latent, layers = WIDTHS[args.width]
@@ -106,7 +107,7 @@ def _rate(chain: Chain, sides: EnergySides) -> Fact:
 
     import torch
 
-    from letit_dist.energy.models import MLPEnergyConfig
+    from letit_dist.energy.mlp import MLPEnergyConfig
     from letit_dist.evaluation.benchmark import Fact, clock
 
     assert isinstance(chain.energy, MLPEnergyConfig)

@@ -6,8 +6,10 @@ import torch
 
 from letit_dist.autoencoders.base import AutoencoderConfig, build_autoencoder
 from letit_dist.config import parse_config
+from letit_dist.energy.convolutional import ConvEnergyConfig
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import ConvEnergyConfig, MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.translate import Translator
 from letit_dist.registry import AUTOENCODERS
 from letit_dist.training.setup import seed_weights

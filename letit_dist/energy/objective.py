@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from letit_dist.energy.models import MLPEnergy
+from letit_dist.energy.mlp import MLPEnergy
 
 
 def contrastive_loss(

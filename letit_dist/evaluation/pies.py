@@ -16,7 +16,8 @@ from letit_dist import rng
 from letit_dist.autoencoders.linear import LinearAutoencoder
 from letit_dist.data.progress import Progress
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
-from letit_dist.energy.models import MLPEnergyConfig, build_energy
+from letit_dist.energy.mlp import MLPEnergyConfig
+from letit_dist.energy.models import build_energy
 from letit_dist.energy.objective import contrastive_loss
 
 SOURCE, TARGET = (0.0, 0.0), (0.0, 1.0)  # centres

@@ -13,15 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from letit_dist.config import parse_config
-from letit_dist.energy.models import (
-    ConvEnergy,
-    ConvEnergyConfig,
-    EnergyConfig,
-    EnergyModel,
-    MLPEnergy,
-    MLPEnergyConfig,
-    build_energy,
-)
+from letit_dist.energy.convolutional import ConvEnergy, ConvEnergyConfig
+from letit_dist.energy.mlp import MLPEnergy, MLPEnergyConfig
+from letit_dist.energy.models import EnergyConfig, EnergyModel, build_energy
 from letit_dist.errors import UserError
 from letit_dist.pretrained import check_exactly, load_exactly
 from letit_dist.published import read_published, state_dict
