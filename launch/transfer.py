@@ -18,6 +18,7 @@ folders and name another OUT for the other direction. Any key of the configurati
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,11 @@ def check(args: argparse.Namespace, names: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
+def _processor_seconds() -> float:
+    """Of all programs that have ended: what a step took, however busy the machine was."""
+    return sum(os.times()[2:4])
+
+
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
@@ -104,14 +110,15 @@ def main(argv: list[str] | None = None) -> int:
 
     resolution = load_autoencoder(args.autoencoder).config.resolution
     begun, steps = time.monotonic(), commands(args, names, resolution)
-    took: dict[str, float] = {}
+    took: dict[str, tuple[float, float]] = {}  # seconds, and those of the processor
     for number, (title, command) in enumerate(steps, 1):
         print(f"\n== {number}/{len(steps)} {title} ({time.monotonic() - begun:.0f} s)", flush=True)
         print(f"$ python {shlex.join(command)}", flush=True)
-        before = time.monotonic()
+        before, used = time.monotonic(), _processor_seconds()
         code = subprocess.call([sys.executable, str(ROOT / command[0]), *command[1:]])
         stage = title.split()[0]
-        took[stage] = took.get(stage, 0) + time.monotonic() - before
+        clock, processor = took.get(stage, (0.0, 0.0))
+        took[stage] = clock + time.monotonic() - before, processor + _processor_seconds() - used
         if code:
             print(f"stopped in step {number}: the same command continues there", file=sys.stderr)
             return code
@@ -122,8 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     Translator.from_pretrained(args.out / "energy").save_pretrained(
         args.out / "translator", card=card, with_autoencoder=True
     )
-    shares = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in took.items())
-    print(f"\ndone in {time.monotonic() - begun:.0f} s: {shares}")
+    shares = ", ".join(f"{stage} {clock:.0f} ({processor:.0f})" for stage, (clock, processor) in took.items())
+    print(f"\ndone in {time.monotonic() - begun:.0f} s, by step (and of processor time): {shares}")
     print(f"look at:  {args.out / 'translated/sheets'}\nuse:      {args.out / 'translator'}")
     return 0
 
