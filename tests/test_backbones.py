@@ -141,7 +141,9 @@ def test_what_was_lost_is_made_again_and_nothing_else(finished, place):
     def measured(row):
         return {name: value for name, value in row.items() if "seconds" not in name}
 
-    assert [measured(row) for row in lines(out)] == [measured(row) for row in rows]
+    # To rounding: what was computed in this process and what comes from disk may lie differently in memory.
+    for again, row in zip(lines(out), rows, strict=True):
+        assert measured(again) == pytest.approx(measured(row), rel=1e-5)
     assert lines(out)[0] == rows[0]
     assert first.out.count("$ python launch/train_energy.py") == 2
 

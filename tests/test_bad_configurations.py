@@ -13,7 +13,7 @@ from refusals import ENERGY, PRETRAIN, energy_command, one
     ("overrides", "expected"),
     [
         (["training.imagess=3"], ["command line: training.imagess: unknown key, did you mean 'images'?"]),
-        (["colour=3"], ["command line: colour: unknown key (known here: autoencoder, recipe, data, "]),
+        (["colour=3"], ["command line: colour: unknown key (known here: autoencoder, start_from, recipe, data, "]),
         (["training.batch"], ["cannot read the override 'training.batch': expected key=value"]),
         (
             ["autoencoder.resolution=36"],

@@ -179,7 +179,9 @@ def test_held_images_are_what_a_file_would_hold():
     images = draw(5, 3, 8, 8).clamp(-1, 1)
     held = HeldImages("x", images)
     assert held.read([3, 1])[0].dtype == torch.uint8 and len(held) == 5
-    assert torch.equal(held.read(range(5))[0], HeldImages("y", to_images(held.pixels)).pixels)
+    pixels, _ = held.read(range(5))
+    assert torch.equal(pixels, HeldImages("y", to_images(pixels)).read(range(5))[0])
+    assert held.pixels == (8, 8)
     assert held.stamp != HeldImages("x", images.flip(0)).stamp
 
 
@@ -191,7 +193,10 @@ def test_decoded_fidelity_separates_transport_from_the_autoencoder(runs, fruit_s
     again = decode_again(translator, real, batch=5, seed=0)
     exact = fidelity.of("x", again)
     assert abs(exact["fid_decoded"]) < 1e-6 < exact["fid_real"]
-    values = [Colours()(HeldImages("x", images).pixels)[0].detach() for images in (again, to_images(real))]
+    values = [
+        Colours()(HeldImages("x", images).read(range(len(images)))[0])[0].detach()
+        for images in (again, to_images(real))
+    ]
     assert exact["fid_real"] == pytest.approx(frechet_distance(*values), rel=1e-4)
     assert lines == [
         f"decoded real targets against real ones: FID {exact['fid_real']:.4g}, KID {exact['kid_real']:.4g}"
@@ -232,7 +237,7 @@ def test_scores_hold_all_of_it(runs, fruit_shards):
     assert header[:2] == ["method", "valid"] and {"kept_accuracy", "lpips_alex", "fid_decoded", "mib"} <= set(header)
     held = sum(t.numel() * t.element_size() for t in translator.autoencoder.state_dict().values()) / 2**20
     # The chain holds more than the decoder alone: the energy, and what its gradient needs.
-    assert held < rows["reconstruction"]["mib"] < rows["translation"]["mib"] < 50
+    assert round(held, 1) <= rows["reconstruction"]["mib"] < rows["translation"]["mib"] < 50
     larger = score_translations(translator, judge, examples, test, **{**given, "extractor": None, "batch": 8})
     assert larger.rows[1]["mib"] > rows["reconstruction"]["mib"] and "valid" not in larger.table()
     other = read_pixels(ShardDataset([fruit_shards / "orange/test"]))
