@@ -22,6 +22,7 @@ from speed import all as whole
 from speed.arguments import at_least_one
 
 from letit_dist.errors import UserError, reports_errors
+from letit_dist.files import require_folder
 
 # name -> module with options(parser), and matches(args), a generator of its matches and facts
 _MODULES = (alae, vqvae2, beta_vae, energy, decode, translate, data, ranks, save, startup, whole)
@@ -40,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--plain", action="store_true", help="the naive side in float32 without a compiler, whatever ours has")
     add("--flops", action="store_true", help="count operations too: GFLOP/s, and on known GPUs the share of the peak")
     add("--out", type=Path, metavar="DIR", help="also write DIR/DATE-NAME.md")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUB-COMMAND")
     for name, module in BENCHMARKS.items():
         about = module.__doc__ or ""
         shape = argparse.RawDescriptionHelpFormatter
@@ -68,8 +69,8 @@ def choose_device(asked: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     at_least_one(args, "repeats", "threads")
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file, expected a folder")
+    if args.out:
+        require_folder(args.out, "--out")
     import torch
 
     from letit_dist.evaluation.benchmark import LEGEND, Fact, Report, machine, measure

@@ -403,7 +403,7 @@ def test_help_names_every_benchmark():
         "startup",
         "all",
     ):
-        assert re.search(rf"^ +{name}\s+\w", done.out, re.MULTILINE), name
+        assert re.search(rf"^ +{name} +\w", done.out, re.MULTILINE), name
 
 
 # What several ranks and checkpoints cost

@@ -143,6 +143,8 @@ def learn(
             optimizer.step()
             schedule.step()
             progress.step(batch)
+    # As a judge lies in memory that was read from disk: the layout decides how its sums are rounded.
+    judge.to(memory_format=torch.contiguous_format)
     judge.eval().requires_grad_(False)
 
 

@@ -143,7 +143,7 @@ def score_translations(
         networks = (translator.autoencoder, *([translator.energy] if name == "translation" else []))
         held = sum(t.numel() * t.element_size() for n in networks for t in (*n.parameters(), *n.buffers()))
         run = peak_bytes(lambda: translator.decode(move(latents[places], places), noise=noise), translator.device)
-        return round((held + run) / 2**20, 1)
+        return round((held + run) / 2**20, 3)
 
     moves: dict[str, Move] = {
         "reconstruction": lambda z, _: z,
