@@ -31,6 +31,7 @@ import sys
 from pathlib import Path
 
 from letit_dist.errors import UserError, reports_errors
+from letit_dist.files import require_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.batch < 1:
         raise UserError("--batch must be at least 1")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file, expected a folder")
+    require_folder(args.out, "--out")
     from letit_dist.config import load_config
     from letit_dist.evaluation.backbones import BackbonesConfig, Job, compare_backbones
 

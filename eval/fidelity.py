@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from letit_dist.errors import UserError, reports_errors
+from letit_dist.files import require_folder
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +129,7 @@ def open_sides(
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file, expected a folder")
+    require_folder(args.out, "--out")
     protocol = settle(args)
     from letit_dist.evaluation import features as of
     from letit_dist.evaluation.extractors import UNVERIFIED, open_extractor

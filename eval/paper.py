@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from letit_dist.errors import UserError, reports_errors
+from letit_dist.files import require_folder
 
 if TYPE_CHECKING:
     from letit_dist.data.inputs import Images
@@ -251,8 +252,7 @@ def tell(lines: Iterator[str], out: Path) -> None:
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file, expected a folder")
+    require_folder(args.out, "--out")
     if getattr(args, "count", 1) < 1:
         raise UserError("--count must be at least 1")
     if getattr(args, "batch", 1) < 1:

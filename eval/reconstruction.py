@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from letit_dist.errors import UserError, reports_errors
+from letit_dist.files import require_folder
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.batch < 1:
         raise UserError("--batch must be at least 1")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file, expected a folder")
+    require_folder(args.out, "--out")
     if args.sweep:
         sweep(args)
         return 0

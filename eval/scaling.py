@@ -75,9 +75,10 @@ def data(args: argparse.Namespace) -> list[dict[str, Any]]:
 def step(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each level and number of ranks that the level's batch divides over."""
     from letit_dist.autoencoders.base import build_autoencoder
-    from letit_dist.config import PretrainConfig, by_level, load_config
+    from letit_dist.config import by_level, load_config
     from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
+    from letit_dist.schemas import PretrainConfig
     from letit_dist.training.scaling import Cluster, efficiency, step_costs
 
     config = load_config(PretrainConfig, args.config, args.overrides)

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from letit_dist.errors import UserError, reports_errors
+from letit_dist.files import require_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,8 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.evaluation.scoring import check_sizes, match_pairs, score_translations
 
     out = args.out or Path(args.energy) / "-".join(["eval", *filter(None, (args.source, args.to))])
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, expected a folder")
+    require_folder(out, "--out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     translator = open_translator(args.energy, args.autoencoder, to=args.to, source=args.source).to(device)
     side = translator.autoencoder.config.resolution

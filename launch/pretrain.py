@@ -49,7 +49,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from letit_dist.config import PretrainConfig, load_config, to_yaml
+    from letit_dist.config import load_config, to_yaml
+    from letit_dist.schemas import PretrainConfig
 
     config = load_config(PretrainConfig, args.config, args.overrides)
 

@@ -37,7 +37,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from letit_dist.config import TrainEnergyConfig, load_config, to_yaml
+    from letit_dist.config import load_config, to_yaml
+    from letit_dist.schemas import TrainEnergyConfig
 
     config = load_config(TrainEnergyConfig, args.config, args.overrides)
 

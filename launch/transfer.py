@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     names = args.names or [args.source.resolve().name, args.target.resolve().name]
     check(args, names)
-    from letit_dist.config import TrainEnergyConfig, load_config
+    from letit_dist.config import load_config
+    from letit_dist.schemas import TrainEnergyConfig
 
     places = [f"{key}=x" for key in ("autoencoder", "data.source", "data.target")]
     places[-1] += "y"  # the two must differ

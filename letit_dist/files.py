@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from letit_dist.errors import UserError
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside, flush to disk, rename: `path` holds all of `data` or what it held before. Makes its folder."""
@@ -16,6 +18,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(part, path)
+
+
+def require_folder(path: Path, option: str) -> None:
+    """UserError that names `option` where `path` is a file; a folder, or nothing yet, will do."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path} is a file, expected a folder")
 
 
 def hash_file(path: Path) -> str:

@@ -168,7 +168,7 @@ def tiny_autoencoder(seed: int = 0, **changes):
 
 def _start(recipe, feed, run: Path, training: dict, intervals: dict, **options):
     """A Trainer in a fresh accelerator; 128 images in batches of 8, checkpoints that the intervals do not share."""
-    from letit_dist.config import IntervalsConfig, TrainingConfig
+    from letit_dist.schemas import IntervalsConfig, TrainingConfig
     from letit_dist.training.setup import create_accelerator
     from letit_dist.training.trainer import Trainer
 
@@ -193,9 +193,9 @@ def tiny_trainer(
     `feed` wraps the real feed (`lambda feed: ...`); `training`, `intervals` and `recipe` are keys to change;
     `options` go to the Trainer.
     """
-    from letit_dist.config import ImagesConfig
     from letit_dist.recipes.base import OptimizerConfig
     from letit_dist.recipes.vqvae2 import VQVAE2Recipe, VQVAE2RecipeConfig
+    from letit_dist.schemas import ImagesConfig
     from letit_dist.training.feeds import ImageFeed
 
     training = training or {}
@@ -216,9 +216,9 @@ def tiny_alae_trainer(run: Path, shards: Path, *, feed=None, training=None, inte
     import torch
 
     from letit_dist.autoencoders.alae import ALAE, ALAEConfig
-    from letit_dist.config import ImagesConfig
     from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig, GrowthConfig
     from letit_dist.recipes.base import OptimizerConfig
+    from letit_dist.schemas import ImagesConfig
     from letit_dist.training.feeds import ImageFeed
     from letit_dist.training.setup import seed_weights
 

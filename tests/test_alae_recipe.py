@@ -9,11 +9,11 @@ from conftest import everything, stats_of, tiny_alae_trainer
 from safetensors.torch import load_file
 
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
-from letit_dist.config import TrainingConfig
 from letit_dist.errors import UserError
 from letit_dist.interchange.alae import import_alae
 from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig, Draws, GrowthConfig
 from letit_dist.recipes.base import Batch, OptimizerConfig, ParameterGroup
+from letit_dist.schemas import TrainingConfig
 from letit_dist.training.optim import activate, build_optimizer
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -4,23 +4,12 @@ import math
 
 import pytest
 import torch
+from gaussian_rows import draw, rows_with
 
 from letit_dist.energy import gaussian, light_bridge
 from letit_dist.energy.gaussian import GaussianTransport, covariance
 from letit_dist.energy.light_bridge import LightBridge
 from letit_dist.errors import UserError
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def exactly(mean, cov, count, seed=0):
-    """(count, D) with exactly this mean and unbiased covariance."""
-    x = draw(count, len(mean), seed=seed).double()
-    x = x - x.mean(0)
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.t() @ x / (count - 1))).t()
-    return x @ torch.linalg.cholesky(cov.double()).t() + mean.double()
 
 
 def spd(dims, seed):
@@ -34,7 +23,7 @@ def spd(dims, seed):
 def test_gaussian_transport_makes_the_targets_gaussian_and_is_a_gradient():
     """The optimal map is the only affine one with a symmetric positive matrix that does it."""
     means, covs = draw(2, 4, seed=3), [spd(4, 1), spd(4, 2)]
-    x, y = (exactly(mean, cov, 50, seed) for seed, (mean, cov) in enumerate(zip(means, covs, strict=True)))
+    x, y = (rows_with(mean, cov, 50, seed) for seed, (mean, cov) in enumerate(zip(means, covs, strict=True)))
     fitted = GaussianTransport.fit(x, y)
     moved = fitted.translate(x)
     torch.testing.assert_close(moved.mean(0), means[1].double(), atol=1e-5, rtol=0)
@@ -129,7 +118,7 @@ def test_the_bridge_between_gaussians_is_the_closed_form(epsilon):
     count = 200
     # The loss knows the mean square over N.
     x, y = (
-        exactly(m, torch.diag(v) * count / (count - 1), count, seed).float()
+        rows_with(m, torch.diag(v) * count / (count - 1), count, seed).float()
         for seed, (m, v) in enumerate(zip(means, variances, strict=True))
     )
     bridge = LightBridge.fit(x, y, components=1, epsilon=epsilon, steps=1500, batch=None, learning_rate=0.03)

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from letit_dist.autoencoders.beta_vae import BetaVAE, BetaVAEConfig
-from letit_dist.config import TrainingConfig
 from letit_dist.errors import UserError
 from letit_dist.interchange.beta_vae import export_beta_vae, import_beta_vae
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.recipes.beta_vae import BetaVAERecipe, BetaVAERecipeConfig
+from letit_dist.schemas import TrainingConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "betavae_checkpoint.pt"

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from letit_dist.config import TrainEnergyConfig, parse_config
+from letit_dist.config import parse_config
 from letit_dist.data.latents import LatentPairs, LatentSet, LatentWriter, pairs_of
 from letit_dist.energy.baselines import MeanShift
 from letit_dist.energy.convolutional import ConvEnergyConfig
@@ -18,6 +18,7 @@ from letit_dist.errors import UserError
 from letit_dist.interchange.energy import export_energy
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe
+from letit_dist.schemas import TrainEnergyConfig
 from letit_dist.training.feeds import LatentFeed
 
 NAMES = ("cat", "dog", "wild")

@@ -5,17 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from letit_dist.config import (
-    PretrainConfig,
-    TrainEnergyConfig,
-    as_tree,
-    differences,
-    load_config,
-    parse_config,
-    read_tree,
-    to_yaml,
-)
+from letit_dist.config import as_tree, differences, load_config, parse_config, read_tree, to_yaml
 from letit_dist.errors import UserError
+from letit_dist.schemas import PretrainConfig, TrainEnergyConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEBUG = CONFIGS / "debug" / "vqvae2.yaml"

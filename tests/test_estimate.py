@@ -6,10 +6,11 @@ from conftest import tiny_alae_trainer, tiny_trainer
 from programs import run as program
 
 from letit_dist.autoencoders.base import build_autoencoder
-from letit_dist.config import PretrainConfig, load_config
+from letit_dist.config import load_config
 from letit_dist.memory import GIB, peak_bytes
 from letit_dist.recipes.base import Batch
 from letit_dist.registry import RECIPES
+from letit_dist.schemas import PretrainConfig
 from letit_dist.training.checkpoint import verify
 from letit_dist.training.estimate import data_lines, footprint, report
 from letit_dist.training.plan import plan_batches

@@ -4,24 +4,13 @@ import time
 
 import pytest
 import torch
+from gaussian_rows import draw, rows_with
 
 from letit_dist.errors import UserError
 from letit_dist.evaluation.fidelity import fid
 from letit_dist.evaluation.frechet import frechet_distance
 
 pytest.importorskip("torch_fidelity")
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def rows_with(mean, covariance, count, seed=0):
-    """(count, D) float64 with exactly this mean and unbiased covariance."""
-    x = draw(count, len(mean), seed=seed).double()
-    x = x - x.mean(0)
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.t() @ x / (count - 1))).t()
-    return x @ torch.linalg.cholesky(covariance).t() + mean
 
 
 def test_gaussians_that_commute():

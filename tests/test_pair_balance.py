@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from letit_dist.config import LatentsConfig
 from letit_dist.data.latents import LatentPairs, LatentSet, LatentWriter, pairs_of
+from letit_dist.schemas import LatentsConfig
 from letit_dist.training.feeds import LatentFeed
 
 

@@ -9,9 +9,10 @@ from programs import run as program
 
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.autoencoders.beta_vae import BetaVAE
-from letit_dist.config import PretrainConfig, load_config
+from letit_dist.config import load_config
 from letit_dist.errors import UserError
 from letit_dist.registry import RECIPES
+from letit_dist.schemas import PretrainConfig
 from letit_dist.training.estimate import footprint
 from letit_dist.training.plan import plan_batches
 

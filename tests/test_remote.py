@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from letit_dist.config import ImagesConfig
 from letit_dist.data import remote
 from letit_dist.data.foreign import is_foreign
 from letit_dist.data.index import INDEX_NAME
@@ -21,6 +20,7 @@ from letit_dist.data.remote import BlockCache
 from letit_dist.data.transforms import encode
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
+from letit_dist.schemas import ImagesConfig
 from letit_dist.training.feeds import ImageFeed
 
 BLOCK = 4096

@@ -23,7 +23,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from letit_dist.config import ImagesConfig
+from letit_dist.schemas import ImagesConfig
 from letit_dist.training.feeds import ImageFeed
 from letit_dist.training.trainer import STOPPED
 

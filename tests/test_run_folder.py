@@ -8,8 +8,9 @@ import torch
 import yaml
 from conftest import ROOT, stats_of
 
-from letit_dist.config import PretrainConfig, TrainingConfig, parse_config
+from letit_dist.config import parse_config
 from letit_dist.errors import UserError
+from letit_dist.schemas import PretrainConfig, TrainingConfig
 from letit_dist.training.run import environment, open_run
 
 

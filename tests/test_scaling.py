@@ -9,7 +9,7 @@ from programs import run as program
 from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist.autoencoders.base import build_autoencoder
-from letit_dist.config import PretrainConfig, load_config
+from letit_dist.config import load_config
 from letit_dist.data import order
 from letit_dist.data.index import Index
 from letit_dist.data.reader import ShardDataset
@@ -17,6 +17,7 @@ from letit_dist.data.simulation import Layout, simulate
 from letit_dist.errors import UserError
 from letit_dist.recipes.base import Batch
 from letit_dist.registry import RECIPES
+from letit_dist.schemas import PretrainConfig
 from letit_dist.training import setup
 from letit_dist.training.optim import require_gradients
 from letit_dist.training.scaling import Cluster, PhaseCost, efficiency, step_costs

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from letit_dist.config import TrainingConfig
 from letit_dist.errors import UserError
+from letit_dist.schemas import TrainingConfig
 from letit_dist.training.plan import BatchPlan
 from letit_dist.training.setup import configure_deepspeed
 

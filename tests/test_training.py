@@ -8,11 +8,11 @@ from conftest import everything, stats_of, tiny_energy_trainer, tiny_trainer
 from PIL import Image
 from torch import nn
 
-from letit_dist.config import ImagesConfig, IntervalsConfig, TrainingConfig
 from letit_dist.data.latents import LatentSet
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
 from letit_dist.recipes.base import Batch, Level, OptimizerConfig, Phase, Recipe, RecipeConfig, StepResult
+from letit_dist.schemas import ImagesConfig, IntervalsConfig, TrainingConfig
 from letit_dist.training.feeds import ImageFeed, LatentFeed
 from letit_dist.training.plan import BatchPlan, plan_batches, timetable
 from letit_dist.training.run import export

@@ -14,8 +14,9 @@ from PIL import Image
 from programs import ROOT, _program, run
 from test_transfer import TINY
 
-from letit_dist.config import PretrainConfig, TrainEnergyConfig, load_config
+from letit_dist.config import load_config
 from letit_dist.data.synthetic import fruit
+from letit_dist.schemas import PretrainConfig, TrainEnergyConfig
 
 PAGES = sorted((ROOT / "docs/tutorials").glob("*.md"))
 

@@ -19,8 +19,9 @@ def matches(args: argparse.Namespace) -> Rows:
     """A checkpoint and a resume of each configuration."""
     at_least_one(args, "batch")
     without_effect(args, "bf16", "compile", "plain", "flops")
-    from letit_dist.config import PretrainConfig, load_config
+    from letit_dist.config import load_config
     from letit_dist.evaluation.benchmark import Fact
+    from letit_dist.schemas import PretrainConfig
     from speed.save_cost import save_cost
 
     shipped = [Path(f"configs/pretrain/{name}.yaml") for name in ("imagenet256_vqvae2", "ffhq1024_alae")]

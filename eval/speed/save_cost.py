@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from letit_dist.autoencoders.base import build_autoencoder
-from letit_dist.config import PretrainConfig
 from letit_dist.recipes.base import Batch, Recipe
 from letit_dist.registry import RECIPES
+from letit_dist.schemas import PretrainConfig
 from letit_dist.training.setup import seed_weights
 from letit_dist.training.trainer import Trainer
 from speed.trainers import idle_trainer, ready

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from letit_dist.config import IntervalsConfig, TrainingConfig
 from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.base import Batch, Recipe
+from letit_dist.schemas import IntervalsConfig, TrainingConfig
 from letit_dist.training.setup import create_accelerator
 from letit_dist.training.trainer import Trainer
 

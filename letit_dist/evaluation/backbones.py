@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from letit_dist.autoencoders.base import Autoencoder, load_autoencoder
-from letit_dist.config import StrictConfig, TrainEnergyConfig, as_tree, load_config, parse_config, read_tree
+from letit_dist.config import StrictConfig, as_tree, load_config, parse_config, read_tree
 from letit_dist.data.encoding import EncodeOptions, encode_domain
 from letit_dist.data.index import INDEX_NAME, JOURNAL_NAME
 from letit_dist.data.latents import LatentSet
@@ -32,6 +32,7 @@ from letit_dist.evaluation.tables import markdown
 from letit_dist.files import write_atomically
 from letit_dist.pictures import columns, save_picture
 from letit_dist.pretrained import find_folder, tensors_fingerprint
+from letit_dist.schemas import TrainEnergyConfig
 
 _SHOWN = 8
 _TABLE = (

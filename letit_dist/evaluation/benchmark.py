@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from letit_dist.errors import UserError
 from letit_dist.evaluation.tables import markdown
+from letit_dist.files import require_folder
 from letit_dist.memory import peak_bytes, resident_bytes, resident_peak_of, return_freed_memory
 
 Clock = Callable[[Callable[[], object]], float]
@@ -342,8 +342,7 @@ class Report:
 
     def write(self, folder: Path, name: str) -> Path:
         """FOLDER/DATE-NAME.md, or -2, -3 and so on where it exists: a measurement is never overwritten."""
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder} is a file, expected a folder")
+        require_folder(folder, "--out")
         folder.mkdir(parents=True, exist_ok=True)
         number = 1
         while True:

@@ -20,7 +20,7 @@ from letit_dist.data.progress import Progress
 from letit_dist.data.transforms import picture_pixels, resize_crop, to_images, to_pixels
 from letit_dist.energy.classifier import LatentClassifier
 from letit_dist.energy.translate import Translator
-from letit_dist.errors import UserError
+from letit_dist.files import require_folder
 from letit_dist.memory import MemoryPlan, plan_memory
 from letit_dist.pictures import grid, save_animation, save_picture, strip, to_picture, visible_size
 
@@ -144,8 +144,7 @@ def translate_all(
     not grow with the number of images. Noise, of the chain or of the decoder, belongs to the image's place among the
     readable ones, so a chunk size changes nothing beyond rounding.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, expected a folder")
+    require_folder(out, "--out")
     chunk = options.batch
     if budget is not None:
         planned = plan_translation(translator, len(images), options, budget)

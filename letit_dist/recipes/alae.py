@@ -18,11 +18,12 @@ from letit_dist import rng, schedule
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
 from letit_dist.autoencoders.base import AutoencoderConfig
 from letit_dist.autoencoders.style_layers import double, halve
-from letit_dist.config import OneOrMany, StrictConfig, TrainingConfig, by_level
+from letit_dist.config import OneOrMany, StrictConfig, by_level
 from letit_dist.errors import UserError
 from letit_dist.losses.adversarial import discriminator_loss, generator_loss, gradient_penalty
 from letit_dist.recipes.base import Batch, Level, ParameterGroup, Phase, Recipe, RecipeConfig, StepResult
 from letit_dist.registry import RECIPES
+from letit_dist.schemas import TrainingConfig
 
 
 class GrowthConfig(StrictConfig):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from letit_dist import schedule
 from letit_dist.autoencoders.base import AutoencoderConfig
-from letit_dist.config import OneOrMany, StrictConfig, TrainingConfig, by_level
+from letit_dist.config import OneOrMany, StrictConfig, by_level
 from letit_dist.errors import UserError
+from letit_dist.schemas import TrainingConfig
 
 M = TypeVar("M", bound=nn.Module)
 

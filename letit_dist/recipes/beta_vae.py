@@ -12,10 +12,10 @@ from torch import Tensor
 from letit_dist import rng
 from letit_dist.autoencoders.base import AutoencoderConfig
 from letit_dist.autoencoders.beta_vae import BetaVAE, BetaVAEConfig
-from letit_dist.config import TrainingConfig
 from letit_dist.errors import UserError
 from letit_dist.recipes.base import Batch, Phase, Recipe, RecipeConfig, StepResult
 from letit_dist.registry import RECIPES
+from letit_dist.schemas import TrainingConfig
 
 
 class BetaVAERecipeConfig(RecipeConfig):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from letit_dist.config import PretrainConfig
 from letit_dist.data.foreign import is_foreign
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.remote import is_url
 from letit_dist.memory import GIB, peak_bytes
 from letit_dist.recipes.base import Batch, Level, Recipe
+from letit_dist.schemas import PretrainConfig
 from letit_dist.training.plan import BatchPlan
 
 

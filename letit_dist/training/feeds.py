@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 
-from letit_dist.config import ImagesConfig
 from letit_dist.data.foreign import ForeignStream, is_foreign
 from letit_dist.data.latents import LatentPairs, LatentSet, PairBatch, pairs_of
 from letit_dist.data.reader import ImageStream, ShardDataset, open_stream
@@ -17,6 +16,7 @@ from letit_dist.data.transforms import UnreadableImage, fast_decoders, to_images
 from letit_dist.errors import UserError
 from letit_dist.memory import GIB
 from letit_dist.recipes.base import Batch
+from letit_dist.schemas import ImagesConfig
 
 
 class Feed(Protocol):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from letit_dist.config import TrainingConfig, by_level
+from letit_dist.config import by_level
 from letit_dist.errors import UserError
 from letit_dist.recipes.base import Level
+from letit_dist.schemas import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from letit_dist.config import PretrainConfig
 from letit_dist.recipes.base import Batch, Level, Recipe
+from letit_dist.schemas import PretrainConfig
 from letit_dist.training.optim import require_gradients
 
 _COUNTED = 2  # images of the pass that is counted

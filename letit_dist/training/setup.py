@@ -22,8 +22,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist import rng
-from letit_dist.config import TrainingConfig
 from letit_dist.errors import UserError
+from letit_dist.schemas import TrainingConfig
 from letit_dist.training.plan import BatchPlan
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from letit_dist import schedule
-from letit_dist.config import IntervalsConfig, TrainingConfig
 from letit_dist.errors import UserError
 from letit_dist.pictures import grid, save_picture
 from letit_dist.pretrained import load_exactly
 from letit_dist.recipes.base import Batch, Phase, Recipe
+from letit_dist.schemas import IntervalsConfig, TrainingConfig
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
 from letit_dist.training.ends import StopSignals, why_it_ended
