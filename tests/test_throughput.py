@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there
 
 from speed.alae_sides import AlaeSides, Tolerance
 from speed.naive_alae import NaiveALAE
+from speed.training_sides import Setting
 
 THROUGHPUT = "eval/throughput.py"
 TINY = (THROUGHPUT, "alae", "--width", "tiny", "--batch", 2, "--repeats", 2, "--threads", 1)
@@ -45,9 +46,9 @@ def small(resolution: int) -> ALAEConfig:
 
 @pytest.fixture
 def sides(fresh_accelerate, tmp_path):
-    def build(resolution: int = 16, **options) -> AlaeSides:
+    def build(resolution: int = 16, precision: str = "fp32", **options) -> AlaeSides:
         fresh_accelerate()
-        return AlaeSides(small(resolution), batch=2, run=tmp_path, **options)
+        return AlaeSides(small(resolution), tmp_path, Setting(2, precision), **options)
 
     return build
 

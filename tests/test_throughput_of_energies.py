@@ -17,6 +17,7 @@ from letit_dist.errors import UserError
 sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there
 
 from speed.energy_sides import Chain, EnergySides
+from speed.training_sides import Setting
 from speed.vqvae2_sides import Vqvae2Sides
 
 THROUGHPUT = "eval/throughput.py"
@@ -106,7 +107,7 @@ def vqvae2_sides(fresh_accelerate, tmp_path, monkeypatch, request):
         monkeypatch.setattr(convolution, "_LEAST", 0)
         monkeypatch.setattr(convolution, "_NARROW", 1)
     config = VQVAE2Config(resolution=32, channels=8, residual_channels=4, code_dim=4, codes=16)
-    return Vqvae2Sides(config, batch=2, run=tmp_path, precision="fp64")
+    return Vqvae2Sides(config, tmp_path, Setting(2, "fp64"))
 
 
 def test_an_iteration_of_vqvae2_is_the_published_one(vqvae2_sides):

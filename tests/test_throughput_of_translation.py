@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there
 
 from speed.beta_vae_sides import BetaVaeSides
 from speed.models import make_translator
+from speed.training_sides import Setting
 from speed.translate_sides import DecodeSides, TranslateSides, make_pictures
 
 THROUGHPUT = "eval/throughput.py"
@@ -30,7 +31,7 @@ def rows_of(done) -> list[list[str]]:
 @pytest.fixture
 def beta_vae_sides(fresh_accelerate, tmp_path):
     fresh_accelerate()
-    return BetaVaeSides(BetaVAEConfig(latent_dim=4), batch=2, run=tmp_path, precision="fp64")
+    return BetaVaeSides(BetaVAEConfig(latent_dim=4), tmp_path, Setting(2, "fp64"))
 
 
 def test_an_iteration_of_a_beta_vae_is_the_published_one(beta_vae_sides):

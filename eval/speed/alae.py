@@ -27,6 +27,7 @@ def matches(args: argparse.Namespace) -> Rows:
     from letit_dist.config import parse_config
     from letit_dist.evaluation.benchmark import Match
     from speed.alae_sides import AlaeSides, Tolerance
+    from speed.training_sides import Setting
 
     at_least_one(args, "batch")
     start, most, latent, layers = WIDTHS[args.width]
@@ -40,14 +41,11 @@ def matches(args: argparse.Namespace) -> Rows:
             run = Path(folder)
             # Where LeakyReLU's kink lies within rounding of an activation, gradients jump, and with them R1: only
             # float64 can tell a wrong formula. With an eps of nothing, its place in Adam makes no difference.
-            double = AlaeSides(config, batch=min(args.batch, 2), run=run, precision="fp64", eps=1e-30)
+            double = AlaeSides(config, run, Setting(min(args.batch, 2), "fp64"), eps=1e-30)
             exact = double.compare(Tolerance()).found
             del double
             gc.collect()
-            precision, naive = "bf16" if args.bf16 else "fp32", "fp32" if args.plain else None
-            sides = AlaeSides(
-                config, batch=args.batch, run=run, precision=precision, compiler=args.compile, naive_precision=naive
-            )
+            sides = AlaeSides(config, run, Setting.asked(args))
 
             def agree(sides: AlaeSides = sides, exact: dict[str, float] = exact) -> str:
                 loose = Tolerance(loss=1e-3, gradient=float("inf"), weight=float("inf"), average=float("inf"))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
 from letit_dist.errors import UserError
-from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig
 from letit_dist.recipes.base import Batch, OptimizerConfig
-from letit_dist.training.setup import seed_weights
 from speed.agreement import compile_methods, full_precision
 from speed.naive_alae import PHASES, NaiveALAE
-from speed.trainers import idle_trainer, learning_side, ready
+from speed.training_sides import Setting, TrainingSides
 
 RATE, HALF_LIFE = 1.5e-3, 10_000.0  # as published
 
@@ -50,70 +49,38 @@ class Differences:
         self.found[kind] = max(self.found[kind], difference)
 
 
-class AlaeSides:
-    """One iteration of training, by hand and by the trainer, on the same images."""
+class AlaeSides(TrainingSides):
+    """One iteration of training ALAE: three phases, each with a loss and a step of its own."""
 
-    def __init__(
-        self,
-        config: ALAEConfig,
-        *,
-        batch: int,
-        run: Path,
-        precision: str = "fp32",
-        compiler: str | None = None,
-        naive_precision: str | None = None,
-        eps: float = 1e-8,
-        seed: int = 0,
-    ):
-        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides. With
-        `naive_precision` the naive side has its own, and no compiler."""
-        seed_weights(seed)
-        network = _without_constants(ALAE(config))
-        optimizer = OptimizerConfig(learning_rate=RATE, betas=(0.0, 0.99), eps=eps)
-        self.recipe = ALAERecipe(ALAERecipeConfig(optimizer=optimizer), network, seed=seed, precision=precision)
-        self.trainer = idle_trainer(self.recipe, run, batch=batch, ema_half_life=HALF_LIFE, ema_warmup=0.0)
-        # Only now are the weights on their device and in their precision.
-        self.naive = NaiveALAE(network, rate=RATE, half_life=HALF_LIFE, eps=eps)
-        self.naive.precision = naive_precision or precision
-        self.level = network.top
-        device, dtype = network.w_mean.device, network.w_mean.dtype
-        self.images = torch.rand(batch, 3, config.resolution, config.resolution).to(device, dtype) * 2 - 1
-        self.batch = ready(self.trainer, Batch({"images": self.images}, torch.arange(batch), 0, batch))
-        if compiler:
-            self._compile(compiler, (self.recipe,) if naive_precision else (self.recipe, self.naive))
+    def __init__(self, config: ALAEConfig, run: Path, setting: Setting, *, eps: float = 1e-8):
+        self.eps = eps
+        super().__init__(config, run, setting, ema_half_life=HALF_LIFE, ema_warmup=0.0)
+        self.level = self.recipe.autoencoder.top
 
-    def _compile(self, backend: str, sides: tuple[object, ...]) -> None:
+    def _make_recipe(self, network: ALAE, options: dict[str, Any]) -> ALAERecipe:
+        optimizer = OptimizerConfig(learning_rate=RATE, betas=(0.0, 0.99), eps=self.eps)
+        return ALAERecipe(ALAERecipeConfig(optimizer=optimizer), _without_constants(network), **options)
+
+    def _make_naive(self) -> NaiveALAE:
+        return NaiveALAE(self.recipe.autoencoder, rate=RATE, half_life=HALF_LIFE, eps=self.eps)
+
+    def _compile(self, backend: str, *, naive: bool) -> None:
         # R1 differentiates inside the loss, which the compiler follows only when told to.
         torch._dynamo.config.trace_autograd_ops = True
         for phase, _ in PHASES:
-            for side in sides:
-                name = f"{phase}_{'step' if side is self.recipe else 'loss'}"
-                compile_methods(side, name, backend=backend)
+            compile_methods(self.recipe, f"{phase}_step", backend=backend)
+            if naive:
+                compile_methods(self.naive, f"{phase}_loss", backend=backend)
 
-    # ---------------------------------------------------------------- what is timed
-
-    @property
-    def naive_side(self) -> Side:
-        """As published; the draws are torch's."""
-
-        def run() -> None:
-            count = len(self.images)
-            for _ in self.naive.iteration(self.images, lambda p: self.naive.draw(p, count, self.level), self.level):
-                pass
-
-        return Side(run, self.naive.held, self.naive.forget_gradients)
-
-    @property
-    def our_side(self) -> Side:
-        """What `Trainer.train` does with a batch, draws included."""
-        return learning_side(self.trainer, lambda: self.trainer.learn(self._next_batch()))
+    def _run_naive(self) -> None:
+        count = len(self.images)
+        for _ in self.naive.iteration(self.images, lambda p: self.naive.draw(p, count, self.level), self.level):
+            pass
 
     def _next_batch(self) -> Batch:
         """The same images every time, under the positions of a run: the draws are new."""
         seen = self.trainer.images_seen
         return replace(self.batch, images_seen=seen, positions=self.batch.positions + seen)
-
-    # ---------------------------------------------------------------- agreement
 
     def compare(self, tolerance: Tolerance) -> Differences:
         """One iteration of both on the same draws, in full precision; a UserError beyond the tolerance.

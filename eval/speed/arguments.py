@@ -17,6 +17,23 @@ Rows: TypeAlias = "Iterator[Match | Fact]"  # what a benchmark yields
 # Of a network for 256 pixels: channels there, at most, of the latent, and mapping layers. "full" is as published.
 WIDTHS = {"tiny": (2, 8, 8, 2), "small": (8, 64, 64, 8), "medium": (16, 128, 128, 8), "full": (64, 512, 512, 8)}
 
+FROZEN = ("vqvae2", "alae", "beta_vae", "taesd")  # autoencoders that translate
+
+
+def frozen_options(parser: argparse.ArgumentParser) -> None:
+    """Which frozen autoencoders, and how large."""
+    add = parser.add_argument
+    add("--on", choices=FROZEN, nargs="+", default=FROZEN, help="autoencoders (default: all)")
+    add("--resolution", type=int, nargs="+", default=[256, 1024], metavar="PIXELS", help="default: 256 1024")
+    add("--width", choices=WIDTHS, default="full", help="of the networks (default: full, as published)")
+
+
+def frozen_asked(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Each autoencoder at each resolution; a beta-VAE at its own."""
+    for kind in dict.fromkeys(args.on):
+        for resolution in [64] if kind == "beta_vae" else args.resolution:
+            yield kind, resolution
+
 
 def without_effect(args: argparse.Namespace, *names: str) -> None:
     """UserError for options that are given and mean nothing to this benchmark."""

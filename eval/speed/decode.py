@@ -9,16 +9,12 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from speed.arguments import WIDTHS, Rows, at_least_one
-
-KINDS = ("vqvae2", "alae", "beta_vae", "taesd")
+from speed.arguments import Rows, at_least_one, frozen_asked, frozen_options
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    frozen_options(parser)
     add = parser.add_argument
-    add("--on", choices=KINDS, nargs="+", default=KINDS, help="autoencoders (default: all)")
-    add("--resolution", type=int, nargs="+", default=[256, 1024], metavar="PIXELS", help="default: 256 1024")
-    add("--width", choices=WIDTHS, default="full", help="of the networks (default: full, as published)")
     add("--batch", type=int, default=4, metavar="N", help="images at once (default: 4)")
 
 
@@ -31,13 +27,12 @@ def matches(args: argparse.Namespace) -> Rows:
     from speed.translate_sides import DecodeSides, device_of
 
     device = device_of()
-    for kind in dict.fromkeys(args.on):
-        for resolution in [64] if kind == "beta_vae" else args.resolution:
-            translator = make_translator(kind, resolution, args.width)
-            sides = DecodeSides(translator, device, batch=args.batch)
-            with full_precision(translator, sides.naive):
-                agree = listed(sides.compare())
-            sides.prepare("bf16" if args.bf16 else "fp32", args.compile, plain=args.plain)
-            naive = Side(sides.run_naive, sides.naive.held)
-            ours = Side(sides.run_ours, sides.held)
-            yield Match(f"{kind}, {resolution} pixels", naive, ours, partial(str, agree), images=args.batch)
+    for kind, resolution in frozen_asked(args):
+        translator = make_translator(kind, resolution, args.width)
+        sides = DecodeSides(translator, device, batch=args.batch)
+        with full_precision(translator, sides.naive):
+            agree = listed(sides.compare())
+        sides.prepare("bf16" if args.bf16 else "fp32", args.compile, plain=args.plain)
+        naive = Side(sides.run_naive, sides.naive.held)
+        ours = Side(sides.run_ours, sides.held)
+        yield Match(f"{kind}, {resolution} pixels", naive, ours, partial(str, agree), images=args.batch)

@@ -11,15 +11,12 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from speed.arguments import WIDTHS, Rows, at_least_one
-from speed.decode import KINDS
+from speed.arguments import Rows, at_least_one, frozen_asked, frozen_options
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    frozen_options(parser)
     add = parser.add_argument
-    add("--on", choices=KINDS, nargs="+", default=KINDS, help="autoencoders (default: all)")
-    add("--resolution", type=int, nargs="+", default=[256, 1024], metavar="PIXELS", help="default: 256 1024")
-    add("--width", choices=WIDTHS, default="full", help="of the networks (default: full, as published)")
     add("--images", type=int, default=8, metavar="N", help="of a timed run (default: 8)")
     add("--batch", type=int, default=4, metavar="N", help="images at once of ours (default: 4)")
     add("--steps", type=int, metavar="T", help="of a chain (default: as published, 20, 10, 35 and 35)")
@@ -33,20 +30,19 @@ def matches(args: argparse.Namespace) -> Rows:
     from speed.models import make_translator
     from speed.translate_sides import TranslateSides, device_of
 
-    for kind in dict.fromkeys(args.on):
-        for resolution in [64] if kind == "beta_vae" else args.resolution:
-            translator = make_translator(kind, resolution, args.width, steps=args.steps)
-            with tempfile.TemporaryDirectory() as folder:
-                sides = TranslateSides(
-                    translator, Path(folder), device_of(), images=args.images, batch=min(args.batch, args.images)
-                )
-                agree = listed(sides.compare())
-                sides.prepare("bf16" if args.bf16 else "fp32", args.compile, plain=args.plain)
-                name = f"{kind}, {resolution} pixels"
-                naive, ours = Side(sides.run_naive, sides.held_naive), Side(sides.run_ours, sides.held)
-                yield Match(name, naive, ours, partial(str, agree), images=args.images)
-                seconds = sides.shares(args.repeats)
-            total = sum(seconds.values())
-            parts = ", ".join(f"{part} {1000 * spent:.3g} ms ({spent / total:.1%})" for part, spent in seconds.items())
-            target = " (target of the chain: below 1 %)" if resolution == 1024 else ""
-            yield Fact(name, f"an image of ours takes {parts}{target}, beside reading and writing")
+    for kind, resolution in frozen_asked(args):
+        translator = make_translator(kind, resolution, args.width, steps=args.steps)
+        with tempfile.TemporaryDirectory() as folder:
+            sides = TranslateSides(
+                translator, Path(folder), device_of(), images=args.images, batch=min(args.batch, args.images)
+            )
+            agree = listed(sides.compare())
+            sides.prepare("bf16" if args.bf16 else "fp32", args.compile, plain=args.plain)
+            name = f"{kind}, {resolution} pixels"
+            naive, ours = Side(sides.run_naive, sides.held_naive), Side(sides.run_ours, sides.held)
+            yield Match(name, naive, ours, partial(str, agree), images=args.images)
+            seconds = sides.shares(args.repeats)
+        total = sum(seconds.values())
+        parts = ", ".join(f"{part} {1000 * spent:.3g} ms ({spent / total:.1%})" for part, spent in seconds.items())
+        target = " (target of the chain: below 1 %)" if resolution == 1024 else ""
+        yield Fact(name, f"an image of ours takes {parts}{target}, beside reading and writing")

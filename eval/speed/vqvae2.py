@@ -6,10 +6,6 @@ As published is naive_vqvae2.py. Aims: 1.5 times the images a second, in at most
 from __future__ import annotations
 
 import argparse
-import gc
-import tempfile
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speed.arguments import Rows, at_least_one, without_effect
@@ -32,24 +28,11 @@ def matches(args: argparse.Namespace) -> Rows:
     if args.layers:
         yield from _layers(args)
         return
-    from letit_dist.evaluation.benchmark import Match
-    from speed.agreement import listed
+    from speed.training_sides import training_match
     from speed.vqvae2_sides import Vqvae2Sides
 
     for config in _configs(args):
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder)
-            exact = Vqvae2Sides(config, batch=1, run=run, precision="fp64").compare()
-            loss = Vqvae2Sides(config, batch=args.batch, run=run).compare(weights=False)["loss"]
-            gc.collect()
-            precision = "bf16" if args.bf16 else "fp32"
-            naive = "fp32" if args.plain else None
-            sides = Vqvae2Sides(
-                config, batch=args.batch, run=run, precision=precision, compiler=args.compile, naive_precision=naive
-            )
-            agree = f"float64: {listed(exact)}; float32: loss {loss:.0e}"
-            name = f"{config.resolution} pixels"
-            yield Match(name, sides.naive_side, sides.our_side, partial(str, agree), args.batch, 1.5)
+        yield from training_match(Vqvae2Sides, config, args, exact_batch=1, target=1.5)
 
 
 def _configs(args: argparse.Namespace) -> list[VQVAE2Config]:

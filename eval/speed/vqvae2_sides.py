@@ -2,82 +2,49 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-import torch
-
-from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
-from letit_dist.evaluation.benchmark import Side
-from letit_dist.recipes.base import Batch, OptimizerConfig
+from letit_dist.autoencoders.vqvae2 import VQVAE2
+from letit_dist.recipes.base import OptimizerConfig
 from letit_dist.recipes.vqvae2 import VQVAE2Recipe, VQVAE2RecipeConfig
-from letit_dist.training.setup import seed_weights
-from speed.agreement import apart, compile_methods, full_precision, require_agreement
+from speed.agreement import apart
 from speed.naive_vqvae2 import LEVELS, NaiveVQVAE2
-from speed.trainers import idle_trainer, learning_side, ready
+from speed.training_sides import OnePhaseSides
 
 RATE = 3e-4
 
 
-class Vqvae2Sides:
-    """One iteration of training, by hand and by the trainer, on the same images."""
+class Vqvae2Sides(OnePhaseSides):
+    """One iteration of training a VQ-VAE-2.
 
-    def __init__(
-        self,
-        config: VQVAE2Config,
-        *,
-        batch: int,
-        run: Path,
-        precision: str = "fp32",
-        compiler: str | None = None,
-        naive_precision: str | None = None,
-        seed: int = 0,
-    ):
-        """`run` is a folder for the trainer; `compiler` a backend of torch.compile for both sides. With
-        `naive_precision` the naive side has its own, and no compiler."""
-        seed_weights(seed)
-        network = VQVAE2(config)
-        optimizer = OptimizerConfig(learning_rate=RATE)
-        self.recipe = VQVAE2Recipe(VQVAE2RecipeConfig(optimizer=optimizer), network, seed=seed, precision=precision)
-        self.trainer = idle_trainer(self.recipe, run, batch=batch)
-        # Only now are the weights on their device and in their precision.
-        self.naive = NaiveVQVAE2(network, rate=RATE)
-        self.naive.precision = naive_precision or precision
-        device, dtype = self.trainer.accelerator.device, self.trainer.dtype
-        images = torch.rand(batch, 3, config.resolution, config.resolution) * 2 - 1
-        self.images = images.to(device, dtype)
-        self.batch = ready(self.trainer, Batch({"images": self.images}, torch.arange(batch), 0, batch))
-        if compiler:
-            compile_methods(network, "forward_training", backend=compiler)
-        if compiler and naive_precision is None:
-            compile_methods(self.naive, "loss", backend=compiler)
+    In float32 only the loss can be compared: rounding decides which of two codes as good as equally near is nearer.
+    """
 
-    @property
-    def naive_side(self) -> Side:
-        """As published."""
-        return Side(lambda: self.naive.iteration(self.images), self.naive.held, self.naive.forget_gradients)
+    _compiled = "forward_training"
 
-    @property
-    def our_side(self) -> Side:
-        """What `Trainer.train` does with a batch."""
-        return learning_side(self.trainer, lambda: self.trainer.learn(self.batch))
+    def _compiled_part(self) -> VQVAE2:
+        return self.recipe.autoencoder
 
-    def compare(self, tolerance: float = 1e-5, *, weights: bool = True) -> dict[str, float]:
-        """The largest relative differences after one iteration of both; UserError beyond the tolerance.
+    def _make_recipe(self, network: VQVAE2, options: dict[str, Any]) -> VQVAE2Recipe:
+        settings = VQVAE2RecipeConfig(optimizer=OptimizerConfig(learning_rate=RATE))
+        return VQVAE2Recipe(settings, network, **options)
 
-        With `weights` also of those and of the codebooks: only float64 tells which of two codes as good as equally
-        near is nearer, and the sign of a small gradient, which is all that Adam's first step takes from it.
-        """
-        with full_precision(self.recipe, self.naive):
-            loss = self.naive.iteration(self.images)
-            self.trainer.means.clear()
-            self.trainer.learn(self.batch)
-        found = {"loss": abs(self.trainer.means.means()["loss"] - loss) / loss}
-        if weights:
-            parameters = dict(self.recipe.autoencoder.named_parameters())
-            buffers = dict(self.recipe.autoencoder.named_buffers())
-            found["weights"] = max(apart(parameters[name], plain) for name, plain in self.naive.weights.items())
-            # Not the codes: those that the first batch leaves out are thrown so far away that they hide the others.
-            names = [f"{level}_quantizer.{name}" for level in LEVELS for name in ("embed_avg", "cluster_size")]
-            found["codebooks"] = max(apart(buffers[name], self.naive.books[name]) for name in names)
-        require_agreement(found, tolerance)
-        return found
+    def _make_naive(self) -> NaiveVQVAE2:
+        return NaiveVQVAE2(self.recipe.autoencoder, rate=RATE)
+
+    def _run_naive(self) -> None:
+        self.naive.iteration(self.images)
+
+    def _naive_loss(self) -> float:
+        return self.naive.iteration(self.images)
+
+    def _differences(self) -> dict[str, float]:
+        """Of weights and of codebooks, in units of the largest."""
+        parameters = dict(self.recipe.autoencoder.named_parameters())
+        buffers = dict(self.recipe.autoencoder.named_buffers())
+        # Not the codes: those that the first batch leaves out are thrown so far away that they hide the others.
+        names = [f"{level}_quantizer.{name}" for level in LEVELS for name in ("embed_avg", "cluster_size")]
+        return {
+            "weights": max(apart(parameters[name], plain) for name, plain in self.naive.weights.items()),
+            "codebooks": max(apart(buffers[name], self.naive.books[name]) for name in names),
+        }
