@@ -85,7 +85,7 @@ class DataSides:
         files = self.folder / "files" / "all"
         files.mkdir(parents=True)
         both, only = (
-            ShardWriter(self.folder / name, meta={"resolution": self.side, **more})
+            ShardWriter(self.folder / name, meta={"resolution": self.side, "pack": {"format": "jpeg"}, **more})
             for name, more in (("both", {"resolutions": [self.side, self.small]}), ("only", {}))
         )
         self.bytes = 0

@@ -130,9 +130,16 @@ class Index:
 
     def files(self, sample: int) -> Files:
         """Extension -> (offset, size) in the sample's shard."""
-        first = int(self._starts[sample])
-        names = self._layouts[self._layout[sample]]
-        return {name: (int(self._offsets[first + i]), int(self._sizes[first + i])) for i, name in enumerate(names)}
+        return {name: self.file(sample, name) for name in self.extensions(sample)}
+
+    def extensions(self, sample: int) -> tuple[str, ...]:
+        """Those of the sample's files."""
+        return self._layouts[self._layout[sample]]
+
+    def file(self, sample: int, extension: str) -> tuple[int, int]:
+        """(offset, size) of one file in the sample's shard."""
+        at = self._starts[sample] + self.extensions(sample).index(extension)
+        return int(self._offsets[at]), int(self._sizes[at])
 
     def shard_of(self, sample: int) -> int:
         return bisect.bisect_right(self._shard_ends, sample)

@@ -19,11 +19,11 @@ from torch import Tensor
 from letit_dist import rng
 from letit_dist.data import transforms
 from letit_dist.data.batch import BadSamples, ImageBatch, augment, stack
-from letit_dist.data.index import Files, Index
+from letit_dist.data.index import Index
 from letit_dist.data.loading import Failure, loader, unwrap
 from letit_dist.data.order import rank_positions, sample_at
 from letit_dist.data.remote import BlockCache, RemoteShard, is_url, read_index
-from letit_dist.data.sizes import choose, images_of
+from letit_dist.data.sizes import choose, choose_file, images_of
 from letit_dist.data.transforms import UnreadableImage
 from letit_dist.errors import UserError
 
@@ -155,18 +155,18 @@ class ShardDataset:
     def images(self, sample: int) -> dict[int | None, str]:
         """Side (None: not stated) -> extension of each stored size; raises UserError for anything but one image."""
         index, local = self._locate(sample)
-        return self._images(sample, index.files(local))
-
-    def _images(self, sample: int, files: Files) -> dict[int | None, str]:
-        images = images_of(files)
+        images = images_of(index.extensions(local))
         if images is None:
-            raise UserError(f"{self.place(sample)}: one image a sample was expected, its files are: {', '.join(files)}")
+            raise self._not_one_image(sample, index.extensions(local))
         return images
+
+    def _not_one_image(self, sample: int, files: Sequence[str]) -> UserError:
+        return UserError(f"{self.place(sample)}: one image a sample was expected, its files are: {', '.join(files)}")
 
     def decode(self, sample: int, extension: str) -> Tensor:
         """One stored image as it is, uint8 (3, H, W); raises UnreadableImage."""
         index, local = self._locate(sample)
-        data = self._pread(index.path_of(local), *index.files(local)[extension])
+        data = self._pread(index.path_of(local), *index.file(local, extension))
         return transforms.decode(data, trusted=index.well_formed)
 
     def pixels(self, sample: int, resolution: int | None = None, *, size: tuple[int, int] | None = None) -> Tensor:
@@ -175,10 +175,11 @@ class ShardDataset:
         stated for it nor, where none is stated, `size` (H, W)."""
         wanted = resolution or self._asked
         index, local = self._locate(sample)
-        files = index.files(local)
-        images = self._images(sample, files)
-        side = choose(images, wanted)
-        data = self._pread(index.path_of(local), *files[images[side]])
+        chosen = choose_file(index.extensions(local), wanted)
+        if chosen is None:
+            raise self._not_one_image(sample, index.extensions(local))
+        side, extension = chosen
+        data = self._pread(index.path_of(local), *index.file(local, extension))
         stated = side or index.meta.get("resolution")
         if self._scaled and wanted and stated:
             pixels = transforms.decode_reduced(data, stated, wanted)

@@ -6,6 +6,7 @@ sample with one image has no number: `key.jpg`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 from letit_dist.data.transforms import IMAGE_EXTENSIONS
@@ -32,6 +33,19 @@ def choose(images: dict[int | None, str], resolution: int | None) -> int | None:
     if not sides:
         return None
     return next((side for side in sides if resolution is not None and side >= resolution), sides[-1])
+
+
+@functools.cache
+def choose_file(extensions: tuple[str, ...], resolution: int | None) -> tuple[int | None, str] | None:
+    """(side, extension) of the file to read for `resolution`, as `images_of` and `choose` say; None without an image.
+
+    Kept, because nearly all samples of a data set have files of the same names.
+    """
+    images = images_of(extensions)
+    if images is None:
+        return None
+    side = choose(images, resolution)
+    return side, images[side]
 
 
 def _side(extension: str) -> int | None:

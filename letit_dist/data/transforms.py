@@ -48,8 +48,9 @@ def decode(data: bytes, notes: list[str] | None = None, *, trusted: bool = False
     16 bits become 8, grey is repeated, transparency is laid over white, CMYK is converted; what changes the
     picture is appended to `notes`. Raises UnreadableImage (empty, truncated, animated, not an image).
 
-    `trusted` says that a good encoder wrote these bytes (our packer): PNG then takes torchvision's decoder, half
-    again as fast as Pillow's, which (0.29) ends the process by a segmentation fault where libpng reports an error.
+    `trusted` says that our packer wrote these bytes, in RGB and upright, so that a JPEG needs no look at its header.
+    PNG then takes torchvision's decoder, half again as fast as Pillow's, which (0.29) ends the process by a
+    segmentation fault where libpng reports an error.
     """
     if not data:
         raise UnreadableImage("empty file")
@@ -84,7 +85,7 @@ def image_type(data: bytes) -> str | None:
 def _fast(data: bytes, notes: list[str], trusted: bool) -> Tensor | None:
     try:
         if data[:3] == b"\xff\xd8\xff":
-            return _jpeg(data)
+            return _jpeg(data, trusted)
         if data[:8] == b"\x89PNG\r\n\x1a\n":
             return _png(data, trusted)
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -98,11 +99,12 @@ def _bytes(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _jpeg(data: bytes) -> Tensor | None:
-    if (frame := _jpeg_frame(data)) and frame[0] == 4:
+def _jpeg(data: bytes, trusted: bool) -> Tensor | None:
+    if not trusted and (frame := _jpeg_frame(data)) and frame[0] == 4:
         return None  # CMYK: Pillow knows Adobe's inverted inks
-    # Without torchvision's function around it, which warns at every call: a tenth of the time of a small image.
-    return torch.ops.image.decode_jpeg(_bytes(data), _RGB, True)  # True: upright, as EXIF says
+    # Without torchvision's function around it, which warns at every call: a tenth of the time of a small image. The
+    # last argument turns the picture upright, as EXIF says: ours are.
+    return torch.ops.image.decode_jpeg(_bytes(data), _RGB, not trusted)
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
@@ -257,6 +259,8 @@ def resize_crop(pixels: Tensor, resolution: int, filter: str = "box") -> Tensor:
     if filter not in FILTERS:
         raise ValueError(f"filter {filter!r}, known: {', '.join(FILTERS)}")
     height, width = pixels.shape[1:]
+    if height == width == resolution:
+        return pixels
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     pixels = pixels[:, top : top + side, left : left + side]
