@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import ROOT, start
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.ranks
 
-ROOT = Path(__file__).parent.parent
 CONFIG = "configs/debug/vqvae2.yaml"
 TINY = [
     "autoencoder.resolution=32",
@@ -37,12 +37,7 @@ TINY = [
 def launch(run: Path, shards: Path, *overrides: str, yaml: str | Path | None = None, program="launch/pretrain.py"):
     """Run the program itself, or under accelerate with one of the shipped files; returns the finished process."""
     train = f"data.train=[{shards / 'apple/train'}, {shards / 'orange/train'}]"
-    start = [sys.executable, program]
-    if yaml:
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml), program]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [*start, CONFIG, "--run", str(run), train, *TINY, *overrides]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    return start(program, CONFIG, "--run", run, train, *TINY, *overrides, launch=yaml)
 
 
 def checkpoint(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -216,12 +211,7 @@ def test_two_machines_equal_one(tmp_path, fruit_shards):
 
 def launch_tiny_alae(run: Path, shards: Path, precision: str, microbatches: str, yaml: str | Path | None = None):
     """72 phase steps over four levels: R1, style mixing, layer noise, the mean of w, a batch and a rate a level."""
-    start = [sys.executable]
-    if yaml:
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml)]
-    command = [*start, "tests/tiny_run.py", str(run), str(shards), precision, microbatches]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    return start("tests/tiny_run.py", run, shards, precision, microbatches, launch=yaml)
 
 
 def test_two_ranks_equal_one_over_the_phases_and_levels_of_alae(tmp_path, fruit_shards):
@@ -275,8 +265,8 @@ def test_deepspeeds_own_launcher_starts_the_same_run(tmp_path, fruit_shards):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-    command = [*start, "--no_local_rank", "tests/tiny_run.py", str(tmp_path / "own"), *map(str, options)]
+    own = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    command = [*own, "--no_local_rank", "tests/tiny_run.py", str(tmp_path / "own"), *map(str, options)]
     started(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400))
     for name in ("model", "average"):
         assert_close(checkpoint(tmp_path / "own", name), checkpoint(tmp_path / "accelerate", name), rtol=0, atol=0)

@@ -1,15 +1,12 @@
 """Two processes write the bytes of one, whatever befalls one of them; and folders of pictures are encoded as shards."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_autoencoder
 from PIL import Image
-from programs import ROOT, files, run
+from programs import files, run
+from ranks import CPU2, ROOT, start
 
 from letit_dist.autoencoders.identity import Identity, IdentityConfig
 from letit_dist.data.encoding import EncodeOptions, Ranks, encode_domain
@@ -21,17 +18,9 @@ from letit_dist.errors import UserError
 
 pytestmark = pytest.mark.ranks
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml"]
-
-
-def start(*command, ranks=2):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    first = LAUNCH if ranks == 2 else [sys.executable]
-    return subprocess.run([*first, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-
 
 def encode(shards, out, fault="none", ranks=2):
-    return start("tests/encode_on_ranks.py", shards, out, fault, ranks=ranks)
+    return start("tests/encode_on_ranks.py", shards, out, fault, launch=CPU2 if ranks == 2 else None, timeout=300)
 
 
 def contents(folder):

@@ -1,30 +1,23 @@
 """Faults that strike one of two processes: what the other one says, what is left, and that the run goes on from it."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import ROOT, start
 from safetensors.torch import load_file
 
 from letit_dist.training.checkpoint import verify
 
 pytestmark = pytest.mark.ranks
 
-ROOT = Path(__file__).parent.parent
-
 
 def launch(run: Path, shards: Path, fault: str, *options: str):
     """Both ranks under accelerate with the shipped file; the finished process and the seconds it took."""
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml"]
-    start += options
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     begun = time.monotonic()
-    command = [*start, "tests/faulty_run.py", str(run), str(shards), fault]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    done = start("tests/faulty_run.py", run, shards, fault, options=options, timeout=300, PYTHONPATH=path)
     return done, time.monotonic() - begun
 
 

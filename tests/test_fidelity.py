@@ -1,14 +1,12 @@
 """FID, KID and their like: what a row says, the numbers of torch-fidelity itself, and the program."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from programs import ROOT, files, run
+from programs import files, run
+from ranks import start
 from small_inception import command, pictures
 
 from letit_dist.errors import UserError
@@ -162,15 +160,7 @@ def test_the_program_on_two_ranks_and_with_a_stored_reference(fruit_shards, tmp_
     a, b = fruit_shards / "apple/train", fruit_shards / "orange/train"
     alone = run("eval/fidelity.py", *command(a, b, "--out", tmp_path / "1", "--reference", tmp_path / "ref"))
     assert alone.code == 0, alone.err
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml"]
-    two = subprocess.run(
-        [*start, "eval/fidelity.py", *command(a, b, "--out", tmp_path / "2")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    two = start("eval/fidelity.py", *command(a, b, "--out", tmp_path / "2"))
     assert two.returncode == 0, two.stderr[-3000:]
 
     def values(out):

@@ -2,15 +2,13 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from programs import run as program
+from ranks import ROOT, start
 from safetensors.torch import load_file
 
 from letit_dist.autoencoders.base import build_autoencoder
@@ -20,7 +18,6 @@ from letit_dist.data.sources import Request, open_source
 
 pytestmark = pytest.mark.ranks
 
-ROOT = Path(__file__).parent.parent
 STYLES = ("apple", "orange")
 TWENTY = ("training.images=160", "training.batch=8", "training.ema_half_life=40", "recipe.optimizer.decay=null")
 TWENTY += ("intervals.report=80", "intervals.samples=1000000", "intervals.checkpoint=160")
@@ -36,10 +33,7 @@ class Job:
 
     def start(self, run: Path, *overrides: str, yaml: str | Path = "launch/accelerate/one.yaml") -> Path:
         """Run it under one of the shipped launch files; returns its last checkpoint."""
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml), self.program]
-        command += [self.config, "--run", str(run), *self.data, *TWENTY, *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        done = start(self.program, self.config, "--run", run, *self.data, *TWENTY, *overrides, launch=yaml)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return max((run / "checkpoints").glob("images-*"))
 
