@@ -159,7 +159,7 @@ class LatentSet:
         """Rows of every field: latents as float32 (B, *L) (float64 stays), codes as int64 (B, h, w)."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if self.fields:
-            return {name: _widen(field[indices]) for name, field in self.fields.items()}
+            return {name: _widen(field.index_select(0, indices)) for name, field in self.fields.items()}
         first = _rows_of(self._dataset, 0)
         rows = [_rows_of(self._dataset, sample, like=first) for sample in indices.tolist()]
         return {name: _widen(torch.stack([row[name] for row in rows])) for name in first}
@@ -254,7 +254,8 @@ class LatentPairs:
     def at(self, images_seen: int) -> PairBatch:
         """The batch that a run which has seen `images_seen` takes next: a pure function."""
         positions = rank_positions(images_seen, self.batch, self.rank, self.world)
-        rounds, slots = np.divmod(positions, len(self._slots))
+        # Of one pair every position is a round. Beside a small energy such operations count.
+        rounds, slots = (positions, 0 * positions) if len(self._slots) == 1 else np.divmod(positions, len(self._slots))
         source, target = (self._rows(side, rounds, slots) for side in (0, 1))
         return PairBatch(*map(torch.from_numpy, (positions, source, target, self._slots[slots])))
 

@@ -118,6 +118,8 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Consecutive microbatches of `size` samples."""
+        if self.size <= size:
+            return [self]
         return [
             replace(
                 self,

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from letit_dist import schedule
@@ -224,16 +225,16 @@ class Trainer:
     def _gradients_shared(self, last: bool) -> contextlib.AbstractContextManager[object]:
         # DDP would all-reduce after every microbatch; DeepSpeed is told through sync_gradients instead.
         self.accelerator.sync_gradients = last
-        no_sync = getattr(self.model, "no_sync", None)
-        if not last and no_sync is not None and not self.deepspeed:
-            return no_sync()
-        return contextlib.nullcontext()
+        if last or self.deepspeed or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         if self.deepspeed:
             self.accelerator.backward(loss)  # scales by the accumulation itself, and steps when `last`
         else:
-            (loss / self.plan.accumulation).backward()
+            parts = self.plan.accumulation
+            (loss / parts if parts > 1 else loss).backward()
 
     # ---------------------------------------------------------------- guards
 
