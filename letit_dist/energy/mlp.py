@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from letit_dist.energy.descent import OneHiddenLayer, layer_by_layer
+from letit_dist.energy.descent import Descent, OneHiddenLayer, layer_by_layer
 from letit_dist.energy.models import EnergyConfig, EnergyModel
 from letit_dist.registry import ENERGIES
 
@@ -71,18 +71,25 @@ class MLPEnergy(EnergyModel):
 
         return run
 
+    @torch.no_grad()
     def descent(self, condition: Tensor | None = None) -> Callable[[Tensor, float, int], Tensor] | None:
         """(latents (B, *L), length, steps) to where `steps` steps by -length * dE/dlatents lead, as `slope`; None where
         that has no use."""
         # Under autocast the step would be taken in the lower precision, with the whole path.
         if not self.config.layers or torch.is_autocast_enabled(self._linear[0].weight.device.type):
             return None
-        first, inner = self._inner_slope(condition)
-        chosen = layer_by_layer(first, inner)
+        chosen: Descent
         if self.config.layers == 1:
-            bias, last = self._linear[0].bias.detach(), self._last_weight(condition)
-            straight = self.config.activation == "leaky_relu"
-            chosen = OneHiddenLayer(first, bias, last, self._bend, straight).descend
+            first, last = self._linear
+            chosen = OneHiddenLayer(
+                first.weight if self.unit == 1 else first.weight / self.unit,
+                first.bias,
+                last.weight if condition is None else last.weight[condition],
+                self._bend,
+                straight=self.config.activation == "leaky_relu",
+            ).descend
+        else:
+            chosen = layer_by_layer(*self._inner_slope(condition))
 
         @torch.no_grad()
         def run(latents: Tensor, length: float, steps: int) -> Tensor:
@@ -116,17 +123,13 @@ class MLPEnergy(EnergyModel):
     def _bend(self) -> Callable[[Tensor, Tensor], Tensor]:
         return _through_gelu if self.config.activation == "gelu" else _through_leaky_relu
 
-    def _last_weight(self, condition: Tensor | None) -> Tensor:
-        # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
-        last = self._linear[-1].weight.detach()
-        return last if condition is None else last[condition]
-
     def _inner_slope(self, condition: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The first layer's weight (h, L) for latents as they are, and flat latents (B, L) to dE/d what that layer puts
         out (1 or B, h); without hidden layers twice the last layer's weight, in the energy's unit."""
-        last, bend = self._last_weight(condition), self._bend
-        hidden = [(layer.weight.detach(), layer.bias.detach()) for layer in self._linear[:-1]]
-        activate = self._activate
+        *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in self._linear]
+        # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
+        last = last if condition is None else last[condition]
+        activate, bend = self._activate, self._bend
         # Once here, and not for every point.
         if self.unit != 1 and hidden:
             hidden[0] = hidden[0][0] / self.unit, hidden[0][1]

@@ -205,8 +205,9 @@ class Recipe(nn.Module):
 
     def forward(self, phase: str, batch: Batch) -> StepResult:
         """One microbatch of one phase, under the run's precision."""
-        device = batch.positions.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        if self.precision != "bf16":
+            return self.step(phase, batch)
+        with torch.autocast(batch.positions.device.type, dtype=torch.bfloat16):
             return self.step(phase, batch)
 
     def step(self, phase: str, batch: Batch) -> StepResult:

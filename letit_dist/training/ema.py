@@ -20,7 +20,8 @@ class _Average(AveragedModel):
 
     def __init__(self, model: nn.Module, multi_avg_fn: Callable[[Tensors, Tensors, Tensor | int], None]):
         super().__init__(model, multi_avg_fn=multi_avg_fn, use_buffers=False)
-        self._averages, self._currents = list(self.module.parameters()), list(model.parameters())
+        self._averages: list[Tensor] = list(self.module.parameters())
+        self._currents: list[Tensor] = list(model.parameters())
         # A buffer may be replaced by another tensor: only its place stays.
         places = zip(self.module.modules(), model.modules(), strict=True)
         self._places = [(ours, theirs, name) for ours, theirs in places for name in theirs._buffers]
@@ -31,7 +32,7 @@ class _Average(AveragedModel):
         for ours, theirs, name in self._places:
             if (current := theirs._buffers[name]) is not None:
                 ours.get_buffer(name).copy_(current)
-        self.n_averaged += 1
+        self.n_averaged.add_(1)
 
 
 class WeightAverage(Generic[M]):
