@@ -117,7 +117,7 @@ def test_adam_is_torchs_adam():
 
 @pytest.mark.parametrize("without", [None, "a.bias"])
 def test_a_move_is_a_step(without):
-    """With and without a parameter that the loss does not reach, whose count of steps then stands still, or begins late."""
+    """Also with a parameter that the loss does not always reach: its count of steps begins late, or stands still."""
     twins = [build(betas=(0.5, 0.9), eps=1e-4) for _ in range(2)]
     for number in range(4):
         for (module, optimizer), go in zip(twins, (move, lambda optimizer: optimizer.step()), strict=True):
