@@ -61,6 +61,15 @@ def test_buffers_are_copied():
     assert not torch.equal(average.module.net.weight, recipe.net.weight)
 
 
+def test_a_buffer_that_was_replaced_is_found():
+    recipe = Net()
+    average = WeightAverage(recipe, half_life=1e9, warmup=0)
+    recipe.net.running_mean = torch.full((3,), 5.0, dtype=torch.float64)
+    average.update(recipe, 64, 64)
+    assert torch.equal(average.module.net.running_mean, recipe.net.running_mean)
+    assert average.module.net.running_mean is not recipe.net.running_mean
+
+
 def test_the_first_update_averages_as_well():
     recipe = Net()
     set_weights(recipe, 0)

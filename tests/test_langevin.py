@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist import rng
+from letit_dist.energy import descent
 from letit_dist.energy.convolutional import Block, ConvEnergy, ConvEnergyConfig, _pointwise
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler, frozen
 from letit_dist.energy.mlp import MLPEnergyConfig
@@ -56,6 +57,83 @@ def test_every_point_of_the_path_is_watched(start):
         chain = sampler(steps=steps)
         result = chain.sample(Quadratic(), start, keep_path=True, watch=lambda z: seen.append(z.clone()))
         assert torch.equal(torch.stack(seen), result.path)
+
+
+def by_autograd(mlp, z, length, steps, condition=()):
+    for _ in range(steps):
+        z = z.detach().requires_grad_()
+        z = z - length * torch.autograd.grad(mlp(z, *condition).sum(), z)[0]
+    return z.detach()
+
+
+WAYS = {  # of a chain -> which bounds of `descent` choose it; the latents and steps below do not by themselves
+    "in_hidden_units": {"_NARROW": 512, "_WIDE": 1 << 40},
+    "by_changes": {"_NARROW": 0, "_WIDE": 0},
+    "_inner": {"_NARROW": 0, "_WIDE": 1 << 40},
+}
+
+
+@pytest.mark.parametrize("conditions", [0, 3])
+@pytest.mark.parametrize(("share", "length"), [("few", 0.02), ("most", 3.0)])  # of the units change in a step
+@pytest.mark.parametrize(("unit", "activation"), [(1.0, "leaky_relu"), (1.7, "leaky_relu"), (1.7, "gelu")])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_down_is_autograds(monkeypatch, way, unit, activation, share, length, conditions):
+    torch.manual_seed(0)
+    config = MLPEnergyConfig(hidden=20, activation=activation, latent_unit=unit)
+    if conditions:
+        config = config.model_copy(update={"condition_on": "target"})
+    mlp = build_energy(config, (4, 3), conditions=[f"domain {n}" for n in range(conditions)]).double()
+    with torch.no_grad():
+        mlp.layers[2].weight *= 4
+    start = unit * torch.randn(16, 4, 3, dtype=torch.float64)
+    length = length * unit**2
+    condition = (torch.arange(16) % 3,) if conditions else ()
+
+    taken = []
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(descent, name, value)
+    for name in WAYS:
+        wanted = getattr(descent.OneHiddenLayer, name)
+        monkeypatch.setattr(
+            descent.OneHiddenLayer, name, lambda *a, f=wanted, name=name: (taken.append(name), f(*a))[1]
+        )
+    for steps in (0, 1, 2, 9):
+        taken.clear()
+        found = mlp.descent(*condition)(start, length, steps)
+        torch.testing.assert_close(found, by_autograd(mlp, start, length, steps, condition), rtol=1e-11, atol=1e-13)
+    assert set(taken) == {"_inner" if (way, activation) == ("by_changes", "gelu") else way}
+
+    if activation == "leaky_relu":
+        hidden, later = (
+            F.linear(z.flatten(1) / unit, mlp.layers[0].weight, mlp.layers[0].bias)
+            for z in (start, by_autograd(mlp, start, length, 1, condition))
+        )
+        changed = ((hidden > 0) != (later > 0)).any(0).sum()
+        assert 0 < changed < 10 if share == "few" else changed > 10  # of 20
+
+
+def test_a_chain_in_which_no_unit_changes(monkeypatch):
+    monkeypatch.setattr(descent, "_NARROW", 0)
+    monkeypatch.setattr(descent, "_WIDE", 0)
+    mlp = build_energy(MLPEnergyConfig(hidden=20), (4,)).double()
+    with torch.no_grad():
+        mlp.layers[0].bias += 100
+    start = torch.randn(16, 4, dtype=torch.float64)
+    torch.testing.assert_close(mlp.descent()(start, 0.1, 5), by_autograd(mlp, start, 0.1, 5), rtol=1e-12, atol=0)
+
+
+def test_a_chain_leaves_its_start_alone(monkeypatch):
+    mlp = build_energy(MLPEnergyConfig(hidden=20), (12,)).double()
+    start = torch.randn(16, 12, dtype=torch.float64)
+    before = start.clone()
+    for bounds in WAYS.values():
+        for name, value in bounds.items():
+            monkeypatch.setattr(descent, name, value)
+        end = sampler(steps=3).sample(mlp, start, keep_shift=False).latents
+        assert torch.equal(start, before) and end.data_ptr() != start.data_ptr()
+        with torch.inference_mode():
+            inside = sampler(steps=3).sample(mlp, start * 1, keep_shift=False).latents
+        assert torch.equal(inside, end) and not inside.is_inference()
 
 
 @pytest.mark.parametrize("unit", [1.0, 1.7])

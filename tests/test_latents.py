@@ -3,6 +3,7 @@ import pytest
 import torch
 import webdataset
 
+from letit_dist.data import latents
 from letit_dist.data.latents import LatentPairs, LatentSet, LatentWriter, code_dtype
 from letit_dist.data.order import permutation
 from letit_dist.data.writer import ShardWriter
@@ -140,6 +141,18 @@ def test_pairs_have_an_order_a_side():
     # The same length must not mean the same partners.
     same = LatentPairs((100, 100), seed=2, batch=100).at(0)
     assert (same.source == same.target).sum() < 10
+
+
+@pytest.mark.parametrize("pairs", [[(0, 1)], [(0, 1), (1, 0), (0, 2)]])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("ahead", [1, 30, 4096])
+def test_the_stream_is_batch_after_batch(monkeypatch, ahead, world, pairs):
+    monkeypatch.setattr(latents, "AHEAD", ahead)
+    for rank in range(world):
+        dealt = LatentPairs((7, 5, 11), seed=2, batch=8, rank=rank, world=world, pairs=pairs)
+        for number, found in zip(range(9), dealt.stream(24), strict=False):
+            for name, expected in vars(dealt.at(24 + 8 * number)).items():
+                assert torch.equal(getattr(found, name), expected), name
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -37,6 +37,27 @@ def test_half_an_interval_saved_and_loaded_is_bit_equal():
     assert second.means() == whole.means()
 
 
+def test_names_that_come_in_several_groups():
+    """Each has one sum, whichever names it comes with, also across a save."""
+    groups = [("a", "b", "c"), ("b", "d"), ("c", "a"), ("e",)]
+    generator = torch.Generator().manual_seed(0)
+    added = [{name: torch.rand((), generator=generator) for name in groups[number % 4]} for number in range(40)]
+    means, loaded = Means(CPU), Means(CPU)
+    expected = {}
+    for number, values in enumerate(added):
+        if number in (3, 18):
+            loaded.load(json.loads(json.dumps(means.state())))
+            means, loaded = loaded, means
+        means.add(values, weight=2)
+        for name, value in values.items():
+            total, count = expected.get(name, (0.0, 0.0))
+            expected[name] = total + 2 * float(value), count + 2
+    assert means.means() == {name: total / count for name, (total, count) in expected.items()}
+    means.clear()
+    means.add({"b": 1.0, "z": 2.0})
+    assert means.means() == {"b": 1.0, "z": 2.0}
+
+
 def test_lines_after_the_checkpoint_and_broken_ones_are_dropped(tmp_path):
     stats = StatsFile(tmp_path / "stats.jsonl")
     for images in (8, 16, 24):

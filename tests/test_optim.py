@@ -9,7 +9,9 @@ from letit_dist.recipes.base import OptimizerConfig, ParameterGroup, child_group
 from letit_dist.training.optim import (
     activate,
     build_optimizer,
+    forget_gradients,
     load_state_tensors,
+    move,
     require_gradients,
     state_tensors,
 )
@@ -34,9 +36,9 @@ FIRST, SECOND, BOTH = {"a"}, {"b"}, {"a", "b"}
 def learn(module, optimizer, names, rate, steps=1, seed=0):
     for step in range(steps):
         activate(optimizer, names, rate)
-        optimizer.zero_grad()
+        forget_gradients(optimizer)
         module(torch.randn(8, 3, generator=torch.Generator().manual_seed(seed + step))).backward()
-        optimizer.step()
+        move(optimizer)
 
 
 def weights(module):
@@ -111,6 +113,26 @@ def test_adam_is_torchs_adam():
         plain.step()
     for name, value in weights(twin).items():
         torch.testing.assert_close(weights(module)[name], value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("without", [None, "a.bias"])
+def test_a_move_is_a_step(without):
+    """Also with a parameter that the loss does not always reach: its count of steps begins late, or stands still."""
+    twins = [build(betas=(0.5, 0.9), eps=1e-4) for _ in range(2)]
+    for number in range(4):
+        for (module, optimizer), go in zip(twins, (move, lambda optimizer: optimizer.step()), strict=True):
+            activate(optimizer, SECOND if number == 2 else BOTH, 0.1 / (1 + number))
+            forget_gradients(optimizer)
+            assert all(parameter.grad is None for parameter in module.parameters())
+            module(torch.randn(8, 3, generator=torch.Generator().manual_seed(number))).backward()
+            if without and number % 2 == 0:
+                dict(module.named_parameters())[without].grad = None
+            go(optimizer)
+    (module, optimizer), (plain, stepped) = twins
+    assert_equal(weights(module), weights(plain))
+    found = state_tensors(optimizer, module)
+    assert_equal(found, state_tensors(stepped, plain))
+    assert found["step/b.weight"] == 4 and found["step/a.bias"] == (2 if without else 3)
 
 
 def test_an_error_in_a_step_leaves_all_groups_in_place():

@@ -102,7 +102,8 @@ def _setting(kind: str, args: argparse.Namespace) -> tuple[AutoencoderConfig, Ch
 
 
 def _rate(chain: Chain, sides: EnergySides) -> Fact:
-    """The share of the rate of large matrix products that an iteration of the MLP comes to."""
+    """The share of the rate of large matrix products that an iteration of the MLP comes to, its operations counted as
+    published: a chain that takes fewer may come to more than all of it."""
     import statistics
 
     import torch
@@ -114,7 +115,7 @@ def _rate(chain: Chain, sides: EnergySides) -> Fact:
     seconds = clock(sides.device)
     large = torch.randn(1024, 1024, device=sides.device)
     rate = 2 * 1024**3 / min(seconds(lambda: large @ large) for _ in range(10))
-    # Multiply-adds of one sample in one product with the hidden layer's weights: a step of a chain takes two
+    # Operations of a batch in one product with the hidden layer's weights: a step of a published chain takes two
     # products, the update four (forward and weights' gradient, over both domains).
     one = 2 * sides.recipe.energy.latent_shape[0] * chain.energy.hidden * chain.batch
     run = sides.our_side.run

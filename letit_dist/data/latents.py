@@ -24,6 +24,7 @@ from letit_dist.memory import available_bytes
 
 FIELDS = {"latents": ("latent",), "codes": ("top", "bottom")}
 ROUND = 4096
+AHEAD = 4096  # positions whose rows are found at once
 SHARE = 0.8  # of the free memory that one encoded domain may take
 LATENT_DTYPES = ("float16", "float32", "float64")
 
@@ -159,7 +160,7 @@ class LatentSet:
         """Rows of every field: latents as float32 (B, *L) (float64 stays), codes as int64 (B, h, w)."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if self.fields:
-            return {name: _widen(field[indices]) for name, field in self.fields.items()}
+            return {name: _widen(field.index_select(0, indices)) for name, field in self.fields.items()}
         first = _rows_of(self._dataset, 0)
         rows = [_rows_of(self._dataset, sample, like=first) for sample in indices.tolist()]
         return {name: _widen(torch.stack([row[name] for row in rows])) for name in first}
@@ -253,7 +254,9 @@ class LatentPairs:
 
     def at(self, images_seen: int) -> PairBatch:
         """The batch that a run which has seen `images_seen` takes next: a pure function."""
-        positions = rank_positions(images_seen, self.batch, self.rank, self.world)
+        return self._at(rank_positions(images_seen, self.batch, self.rank, self.world))
+
+    def _at(self, positions: np.ndarray[Any, Any]) -> PairBatch:
         rounds, slots = np.divmod(positions, len(self._slots))
         source, target = (self._rows(side, rounds, slots) for side in (0, 1))
         return PairBatch(*map(torch.from_numpy, (positions, source, target, self._slots[slots])))
@@ -272,9 +275,20 @@ class LatentPairs:
 
     def stream(self, start: int) -> Iterator[PairBatch]:
         """Endless batches from images_seen = `start` on."""
+        # Several at once: beside a small energy the operations on one batch's few numbers would count.
+        count = max(1, AHEAD // self.batch)
+        offsets = self.batch * np.arange(count)[:, None]
         while True:
-            yield self.at(start)
-            start += self.batch
+            many = self._at((rank_positions(start, self.batch, self.rank, self.world) + offsets).reshape(-1))
+            share = self.batch // self.world
+            yield from map(
+                PairBatch,
+                many.positions.split(share),
+                many.source.split(share),
+                many.target.split(share),
+                many.pair.split(share),
+            )
+            start += count * self.batch
 
 
 def _round(count: int, shares: Sequence[int] | None) -> np.ndarray[Any, Any]:

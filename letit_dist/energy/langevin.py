@@ -87,20 +87,22 @@ class LangevinSampler:
         if config.noise_scale > 0 and (generator is None) == (noise is None):
             raise ValueError("noise_scale > 0 needs exactly one of `generator` and `noise`")
         # The path stays in the latents' own precision under autocast: only the energy's layers are lowered.
-        with torch.inference_mode(False), torch.enable_grad(), frozen(energy):
-            given = () if condition is None else (condition,)
-            # Eq. (6) in units of the energy: for u = z / unit, du = -eta/2 dE/du is dz = -eta/2 unit^2 dE/dz.
-            unit = getattr(energy, "unit", 1.0)
-            z = start.detach().clone()
-            descent = None if keep_shift or until is not None else getattr(energy, "descent", None)
+        given = () if condition is None else (condition,)
+        # Eq. (6) in units of the energy: for u = z / unit, du = -eta/2 dE/du is dz = -eta/2 unit^2 dE/dz.
+        unit = getattr(energy, "unit", 1.0)
+        length = config.step_size / 2 * unit**2
+        descent = None if keep_shift or until is not None else getattr(energy, "descent", None)
+        with torch.inference_mode(False):
             descend = None if descent is None else descent(*given)
+            if descend and not keep_path and watch is None and config.noise_scale == 0:
+                end = descend(start.detach(), length, config.steps)  # eq. (6), all steps
+                return LangevinResult(end, None, torch.full((len(end),), config.steps, device=end.device))
+        with torch.inference_mode(False), torch.enable_grad(), frozen(energy):
+            z = start.detach().clone()
             slope = None if descend else _slope(energy, *given)
             shift = torch.zeros_like(z) if keep_shift else None
             steps = torch.full((len(z),), config.steps, device=z.device)
             path = [z]
-            length = config.step_size / 2 * unit**2
-            if descend and not keep_path and watch is None and config.noise_scale == 0:
-                return LangevinResult(descend(z, length, config.steps), None, steps)  # eq. (6), all steps
             if watch is not None:
                 watch(z)
             for step in range(config.steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from letit_dist.energy.descent import Descent, OneHiddenLayer, layer_by_layer
 from letit_dist.energy.models import EnergyConfig, EnergyModel
 from letit_dist.registry import ENERGIES
 
 _SLOPE = 0.2  # of LeakyReLU
+_leaky_relu_backward = torch.ops.aten.leaky_relu_backward.default
 
 
 class MLPEnergyConfig(EnergyConfig):
@@ -61,34 +64,36 @@ class MLPEnergy(EnergyModel):
         @torch.no_grad()
         def run(latents: Tensor) -> Tensor:
             gradient = inner(latents.flatten(1))
-            if self.config.layers:
-                gradient = gradient @ first
-            if self.unit != 1:
-                gradient = gradient / self.unit
+            gradient = gradient @ first if self.config.layers else gradient / self.unit
             if gradient.shape == latents.shape and gradient.dtype == latents.dtype:
                 return gradient
             return gradient.expand(len(latents), -1).reshape(latents.shape).to(latents.dtype)
 
         return run
 
+    @torch.no_grad()
     def descent(self, condition: Tensor | None = None) -> Callable[[Tensor, float, int], Tensor] | None:
         """(latents (B, *L), length, steps) to where `steps` steps by -length * dE/dlatents lead, as `slope`; None where
-        that has no use.
-
-        The last product of the slope and the step are one operation: narrow chains are bound by their number.
-        """
+        that has no use."""
         # Under autocast the step would be taken in the lower precision, with the whole path.
-        if not self.config.layers or torch.is_autocast_enabled(next(self.parameters()).device.type):
+        if not self.config.layers or torch.is_autocast_enabled(self._linear[0].weight.device.type):
             return None
-        first, inner = self._inner_slope(condition)
-        unit = self.unit
+        chosen: Descent
+        if self.config.layers == 1:
+            first, last = self._linear
+            chosen = OneHiddenLayer(
+                first.weight if self.unit == 1 else first.weight / self.unit,
+                first.bias,
+                last.weight if condition is None else last.weight[condition],
+                self._bend,
+                straight=self.config.activation == "leaky_relu",
+            ).descend
+        else:
+            chosen = layer_by_layer(*self._inner_slope(condition))
 
         @torch.no_grad()
         def run(latents: Tensor, length: float, steps: int) -> Tensor:
-            flat = latents.flatten(1).clone()
-            for _ in range(steps):
-                flat.addmm_(inner(flat), first, alpha=-length / unit)
-            return flat.view(latents.shape)
+            return chosen(latents.flatten(1), length, steps).view(latents.shape)
 
         return run
 
@@ -102,33 +107,39 @@ class MLPEnergy(EnergyModel):
         if self.config.conditions or lowered or target.requires_grad or translated.requires_grad:
             return None
         flat = torch.cat([target, translated]).flatten(1)
-        parameters = [tensor for layer in self.layers[::2] for tensor in (layer.weight, layer.bias)]
-        activation = self.layers[1] if self.config.layers else nn.Identity()
+        parameters = [tensor for layer in self._linear for tensor in (layer.weight, layer.bias)]
         flat = flat if self.unit == 1 else flat / self.unit
-        return _Contrast.apply(flat, len(target), activation, self._bend, *parameters)
+        return _Contrast.apply(flat, len(target), self._activate, self._bend, *parameters)
+
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
+    @property
+    def _activate(self) -> Callable[[Tensor], Tensor]:
+        return F.gelu if self.config.activation == "gelu" else partial(F.leaky_relu, negative_slope=_SLOPE)
 
     @property
     def _bend(self) -> Callable[[Tensor, Tensor], Tensor]:
         return _through_gelu if self.config.activation == "gelu" else _through_leaky_relu
 
     def _inner_slope(self, condition: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The first layer's weight (h, L), and flat latents (B, L) to dE/d what that layer puts out (1 or B, h);
-        without hidden layers to the last layer's weight."""
-        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
-        *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in linear]
-        bend, unit = self._bend, self.unit
-        activation = self.layers[1] if hidden else nn.Identity()
+        """The first layer's weight (h, L) for latents as they are, and flat latents (B, L) to dE/d what that layer puts
+        out (1 or B, h); without hidden layers twice the last layer's weight, in the energy's unit."""
+        *hidden, (last, _) = [(layer.weight.detach(), layer.bias.detach()) for layer in self._linear]
         # (1, h) or (B, h): without conditions the same for every row, until a slope is multiplied in
         last = last if condition is None else last[condition]
+        activate, bend = self._activate, self._bend
+        # Once here, and not for every point.
+        if self.unit != 1 and hidden:
+            hidden[0] = hidden[0][0] / self.unit, hidden[0][1]
 
         def run(x: Tensor) -> Tensor:
             inputs = []
-            if unit != 1:
-                x = x / unit
             for layer, (weight, bias) in enumerate(hidden, 1):
                 inputs.append(F.linear(x, weight, bias))
                 if layer < len(hidden):
-                    x = activation(inputs[-1])
+                    x = activate(inputs[-1])
             gradient = last
             for layer in range(len(hidden) - 1, -1, -1):
                 gradient = bend(gradient, inputs[layer])
@@ -147,24 +158,26 @@ class _Contrast(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         count: int,
-        activation: nn.Module,
+        activate: Callable[[Tensor], Tensor],
         bend: Callable[[Tensor, Tensor], Tensor],
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        weights, biases = parameters[::2], parameters[1::2]
+        *hidden, (last, offset) = zip(parameters[::2], parameters[1::2], strict=True)
         inputs, before = [x], []
-        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        for weight, bias in hidden:
             before.append(F.linear(inputs[-1], weight, bias))
-            inputs.append(activation(before[-1]))
-        values = F.linear(inputs[-1], weights[-1], biases[-1])
-        means = torch.stack([part.mean() for part in values.tensor_split([count])])
-        gradient = torch.full_like(values, 1 / count)
-        gradient[count:].fill_(-1 / (len(values) - count))
-        found: list[Tensor] = []
-        for layer in range(len(weights) - 1, -1, -1):
-            found[:0] = [gradient.t() @ inputs[layer], gradient.sum(0)]
+            inputs.append(activate(before[-1]))
+        # The last layer is linear: its value at the mean is the mean of its values, and its bias cancels.
+        shares, signs = _shares(count, len(x), x.dtype, x.device)
+        middles = shares @ inputs[-1]  # (2, h)
+        means = F.linear(middles, last, offset).squeeze(1)
+        found = [middles[:1] - middles[1:], torch.zeros_like(offset)]
+        gradient = last  # of each row's energy; what a row counts for comes in at the end
+        for layer in range(len(hidden) - 1, -1, -1):
+            gradient = bend(gradient, before[layer])
+            found[:0] = [gradient.t() @ (signs.t() * inputs[layer]), (signs @ gradient).squeeze(0)]
             if layer:
-                gradient = bend(gradient @ weights[layer], before[layer - 1])
+                gradient = gradient @ hidden[layer][0]
         ctx.save_for_backward(*found)
         ctx.mark_non_differentiable(means)
         return means[0] - means[1], means
@@ -172,12 +185,21 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, None, *(gradient * found for found in ctx.saved_tensors)
+        return None, None, None, None, *torch._foreach_mul(ctx.saved_tensors, gradient)
+
+
+@lru_cache(maxsize=8)
+def _shares(count: int, total: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What rows (2, total) times (total, h) make the means of the first `count` rows and of the others of, and the
+    difference of these rows (1, total)."""
+    shares = torch.zeros(2, total, dtype=dtype, device=device)
+    shares[0, :count], shares[1, count:] = 1 / count, 1 / (total - count)
+    return shares, shares[:1] - shares[1:]
 
 
 def _through_leaky_relu(gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient (1 or B, h) of what comes out at x (B, h), as one of what goes in."""
-    return torch.ops.aten.leaky_relu_backward(gradient.expand_as(x), x, _SLOPE, False)
+    return _leaky_relu_backward(gradient, x, _SLOPE, False)
 
 
 def _through_gelu(gradient: Tensor, x: Tensor) -> Tensor:

@@ -119,6 +119,8 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Consecutive microbatches of `size` samples."""
+        if self.size <= size:
+            return [self]
         return [
             replace(
                 self,
@@ -204,8 +206,9 @@ class Recipe(nn.Module):
 
     def forward(self, phase: str, batch: Batch) -> StepResult:
         """One microbatch of one phase, under the run's precision."""
-        device = batch.positions.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        if self.precision != "bf16":
+            return self.step(phase, batch)
+        with torch.autocast(batch.positions.device.type, dtype=torch.bfloat16):
             return self.step(phase, batch)
 
     def step(self, phase: str, batch: Batch) -> StepResult:

@@ -127,7 +127,8 @@ class LatentEnergyRecipe(Recipe):
             condition=self.condition(batch),
         )
         # Root mean square of each sample first: a root over the microbatch would depend on its size.
-        moved = (result.latents - source).detach().flatten(1).square().mean(1).sqrt().mean()
+        moves = (result.latents - source).flatten(1)
+        moved = torch.linalg.vector_norm(moves, dim=1).mean() / moves.shape[1] ** 0.5
         return StepResult(loss, {**metrics, "moved": moved})
 
     def samples(self, batch: Batch) -> dict[str, Tensor]:

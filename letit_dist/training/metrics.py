@@ -18,48 +18,59 @@ class Means:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, float] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        # One tensor for all: beside a small network operations on single numbers would be most of a step.
+        self._sums = torch.zeros(0, dtype=torch.float64, device=self.device)
+        self._counts: dict[str, float] = {}  # by name, in the order of the sums
+        self._places: dict[tuple[str, ...], Tensor] = {}  # of names that come together
 
     def add(self, metrics: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
         """Add one value a name, each counting `weight` times."""
         if not metrics:
             return
-        # All at once: beside a small network the operations on single numbers would be most of a step.
+        names = tuple(metrics)
+        if names not in self._places:
+            self._places[names] = self._find(names)
         values = [torch.as_tensor(value, device=self.device).detach() for value in metrics.values()]
         if any(value.dtype != values[0].dtype for value in values):
             values = [value.double() for value in values]
-        added = (torch.stack(values).double() * weight).unbind()
-        for name, value in zip(metrics, added, strict=True):
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0.0) + weight
+        self._sums.index_add_(0, self._places[names], torch.stack(values).double(), alpha=weight)
+        for name in names:
+            self._counts[name] += weight
+
+    def _find(self, names: tuple[str, ...]) -> Tensor:
+        """Where the sums of these names are; of new ones they begin at 0."""
+        self._counts = {**self._counts, **{name: 0.0 for name in names if name not in self._counts}}
+        self._sums = torch.cat([self._sums, self._sums.new_zeros(len(self._counts) - len(self._sums))])
+        order = list(self._counts)
+        return torch.tensor([order.index(name) for name in names], device=self.device)
 
     def synchronise(self) -> None:
         """Replace each rank's sums by the mean over the ranks (all ranks report the same names)."""
-        if not self._sums or not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        if not self._counts or not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
             return
-        names = sorted(self._sums)
-        packed = torch.stack([self._sums[name] for name in names])
+        places = self._find(tuple(sorted(self._counts)))
+        packed = self._sums[places]
         torch.distributed.all_reduce(packed)
-        packed /= torch.distributed.get_world_size()
-        self._sums = dict(zip(names, packed.unbind(), strict=True))
+        self._sums[places] = packed / torch.distributed.get_world_size()
 
     def means(self) -> dict[str, float]:
         """The mean of every name."""
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-
-    def clear(self) -> None:
-        self._sums.clear()
-        self._counts.clear()
+        return {name: total / count for name, (total, count) in self.state().items()}
 
     def state(self) -> dict[str, list[float]]:
         """Sums and counts as JSON numbers, for a checkpoint."""
-        return {name: [float(total), self._counts[name]] for name, total in self._sums.items()}
+        pairs = zip(self._counts.items(), self._sums.tolist(), strict=True)
+        return {name: [total, count] for (name, count), total in pairs}
 
     def load(self, state: dict[str, list[float]]) -> None:
         """The inverse of `state`."""
-        self._sums = {n: torch.tensor(v[0], dtype=torch.float64, device=self.device) for n, v in state.items()}
-        self._counts = {name: value[1] for name, value in state.items()}
+        self.clear()
+        totals, counts = zip(*state.values(), strict=True) if state else ((), ())
+        self._sums = torch.tensor(totals, dtype=torch.float64, device=self.device)
+        self._counts = dict(zip(state, counts, strict=True))
 
 
 class StatsFile:

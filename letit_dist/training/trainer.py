@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from letit_dist import schedule
@@ -26,7 +27,7 @@ from letit_dist.training.ema import WeightAverage
 from letit_dist.training.ends import StopSignals, why_it_ended
 from letit_dist.training.feeds import Feed
 from letit_dist.training.metrics import Means, StatsFile
-from letit_dist.training.optim import activate, build_optimizer, require_gradients
+from letit_dist.training.optim import activate, build_optimizer, forget_gradients, move, require_gradients
 from letit_dist.training.plan import BatchPlan, plan_batches
 from letit_dist.training.setup import (
     begin_trackers,
@@ -190,7 +191,7 @@ class Trainer:
         parts = batch.split(self.plan.microbatch)
         if not self.deepspeed:
             # Not accelerate's wrapper, which looks through the installed packages in every call.
-            self.base_optimizer.zero_grad(set_to_none=True)
+            forget_gradients(self.base_optimizer)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._gradients_shared(last):
@@ -200,7 +201,7 @@ class Trainer:
             name = "loss" if len(self.recipe.phases) == 1 else f"loss_{phase.name}"
             self.means.add({name: result.loss, **result.metrics}, weight=part.size)
         if not self.deepspeed:
-            self.base_optimizer.step()
+            move(self.base_optimizer)
 
     @property
     def plan(self) -> BatchPlan:
@@ -223,17 +224,18 @@ class Trainer:
 
     def _gradients_shared(self, last: bool) -> contextlib.AbstractContextManager[object]:
         # DDP would all-reduce after every microbatch; DeepSpeed is told through sync_gradients instead.
-        self.accelerator.sync_gradients = last
-        no_sync = getattr(self.model, "no_sync", None)
-        if not last and no_sync is not None and not self.deepspeed:
-            return no_sync()
+        if self.deepspeed:
+            self.accelerator.sync_gradients = last
+        elif not last and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
         return contextlib.nullcontext()
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         if self.deepspeed:
             self.accelerator.backward(loss)  # scales by the accumulation itself, and steps when `last`
         else:
-            (loss / self.plan.accumulation).backward()
+            parts = self.plan.accumulation
+            (loss / parts if parts > 1 else loss).backward()
 
     # ---------------------------------------------------------------- guards
 
