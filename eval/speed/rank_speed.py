@@ -33,6 +33,16 @@ def ranks_of(launch: Path) -> int:
     return found
 
 
+class Work(NamedTuple):
+    """Of a step: pixels of a side of the images, and how many of all ranks together."""
+
+    side: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.side} pixels, {self.batch} images a step"
+
+
 class _Run(NamedTuple):
     folder: Path
     command: list[str]
@@ -49,43 +59,56 @@ class RankSpeed:
             raise UserError(f"--launch {launch}: starts {self.ranks} processes, and there are {cores} cores for them")
         self.images = images
         self.count = 0
-        self.shards = []
-        for part in open_source("builtin:fruit", Request(resolution=64, count=256, test=0, seed=0)):
-            self.shards.append(Path(pack(part, folder / "shards", PackOptions(resolution=64)).folder))
+        self.shards: dict[int, list[Path]] = {}  # by side
 
-    def check_batches(self, batches: list[int]) -> int:
-        """The configuration's batch; UserError for it or one of `batches` if it cannot be dealt to the ranks."""
-        if any(override.startswith("training.batch=") for override in self.overrides):
-            raise UserError("training.batch: give --batch, whose rows say it")
-        own = load_config(PretrainConfig, str(self.config), ["data.train=[none]", *self.overrides]).training.batch
-        if isinstance(own, tuple):
+    def _packed(self, side: int) -> list[Path]:
+        if side not in self.shards:
+            found = open_source("builtin:fruit", Request(resolution=side, count=256, test=0, seed=0))
+            folder = self.folder / f"shards{side}"
+            self.shards[side] = [Path(pack(part, folder, PackOptions(resolution=side)).folder) for part in found]
+        return self.shards[side]
+
+    def own_work(self, batches: list[int], side: int | None) -> Work:
+        """The configuration's, at `side` if given; UserError for a batch that the ranks cannot share."""
+        for key, option in (("training.batch", "batch"), ("autoencoder.resolution", "side")):
+            if any(override.startswith(f"{key}=") for override in self.overrides):
+                raise UserError(f"{key}: give --{option}, whose rows say it")
+        own = [f"autoencoder.resolution={side}"] if side else []
+        config = load_config(PretrainConfig, str(self.config), ["data.train=[none]", *own, *self.overrides])
+        batch = config.training.batch
+        if isinstance(batch, tuple):
             raise UserError(f"--config {self.config}: a batch by level, expected one")
-        for batch in (*batches, own):
-            plan_batch(batch, None, self.ranks)
-        return own
+        for number in (*batches, batch):
+            plan_batch(number, None, self.ranks)
+        return Work(config.autoencoder.resolution, batch)
 
-    def one(self, batch: int) -> float:
+    def one(self, work: Work) -> float:
         """Images a second of one process: the median of the later intervals of its run."""
-        return self._rate(self._start([sys.executable], batch, self.images))
+        return self._rate(self._start([sys.executable], work, self.images))
 
-    def several(self, batch: int) -> float:
+    def several(self, work: Work) -> float:
         """Of all ranks together."""
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.launch)]
-        return self._rate(self._start(launcher, batch, self.images))
+        return self._rate(self._start(launcher, work, self.images))
 
-    def at_once(self, batch: int) -> float:
+    def at_once(self, work: Work) -> float:
         """Of as many single processes at the same time, each with a rank's part of the batch."""
-        part = batch // self.ranks
+        part = Work(work.side, work.batch // self.ranks)
+        self._packed(work.side)
         runs = [self._start([sys.executable], part, self.images // self.ranks, core=core) for core in range(self.ranks)]
         for run in runs:
             run.process.wait()  # all of them, before one that failed is said
         return sum(self._rate(run) for run in runs)
 
-    def _start(self, start: list[str], batch: int, images: int, core: int = 0) -> _Run:
+    def _start(self, start: list[str], work: Work, images: int, core: int = 0) -> _Run:
         self.count += 1
         run = self.folder / f"run{self.count}"
         total = _INTERVALS * images
-        keys = [f"data.train=[{', '.join(map(str, self.shards))}]", "data.workers=0", f"training.images={total}"]
+        keys = [
+            f"data.train=[{', '.join(map(str, self._packed(work.side)))}]",
+            "data.workers=0",
+            f"training.images={total}",
+        ]
         keys += [f"intervals.report={images}", f"intervals.samples={total}", f"intervals.checkpoint={total}"]
         command = [
             *start,
@@ -96,7 +119,8 @@ class RankSpeed:
             str(run),
             *keys,
             *self.overrides,
-            f"training.batch={batch}",
+            f"autoencoder.resolution={work.side}",
+            f"training.batch={work.batch}",
         ]
         # One thread and one core a rank: with more, one rank would use the cores of the others.
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OWN_CORE": str(core)}
