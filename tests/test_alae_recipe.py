@@ -187,7 +187,7 @@ def test_a_phase_moves_its_own_networks_and_no_others(fruit_shards, fresh_accele
     batch = next(trainer.feed.batches(0, 8, 0, 1, 4))
     for phase in recipe.phases:
         before = {name: value.detach().clone() for name, value in recipe.named_parameters()}
-        trainer.step(phase, batch)
+        trainer.step(phase, batch, closing=phase is recipe.phases[-1])
         moved = {
             name.split(".")[1] for name, value in recipe.named_parameters() if not torch.equal(before[name], value)
         }

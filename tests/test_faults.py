@@ -52,10 +52,9 @@ def test_a_loss_that_is_not_finite_changes_nothing(fruit_shards, fresh_accelerat
     )
     assert trainer.images_seen == 56
     assert_equal(everything(trainer), everything(until))
-    gradients = [parameter.grad for parameter in trainer.recipe.parameters() if parameter.grad is not None]
-    assert (len(gradients) > 0) == (microbatch == 2) and not any(gradient.isnan().any() for gradient in gradients)
+    assert all(parameter.grad is None for parameter in trainer.recipe.parameters())
     for quantizer in (trainer.recipe.autoencoder.top_quantizer, trainer.recipe.autoencoder.bottom_quantizer):
-        assert quantizer._sums is None and quantizer._candidates is None
+        assert quantizer._sums is None
     # An update now would be one of an empty batch: no code was used.
     assert all(stats.usage == 0 for stats in trainer.recipe.autoencoder.update_codebooks().values())
 

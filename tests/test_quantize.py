@@ -199,6 +199,7 @@ def _rank(rank: int, folder: str) -> None:
         z, positions = maps(20 + step)[rank::2], torch.arange(BATCH)[rank::2]
         for part, at in zip(z.split(2), positions.split(2), strict=True):
             quantizer(part, collect=True, place=BatchPlace(5, at, BATCH))
+        dist.all_reduce(quantizer.sums())
         stats = quantizer.update()
     torch.save({"state": quantizer.state_dict(), "stats": list(stats)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -425,11 +425,31 @@ def test_the_cost_of_saving_is_measured(fresh_accelerate, tmp_path):
 
 @pytest.mark.full
 def test_ranks_are_compared_with_one(tmp_path):
-    tiny = ("autoencoder.channels=8", "autoencoder.residual_channels=4", "training.batch=8")
-    done = run(THROUGHPUT, "ranks", "--repeats", 1, "--images", 16, *tiny)
+    tiny = ("autoencoder.channels=8", "autoencoder.residual_channels=4")
+    done = run(THROUGHPUT, "ranks", "--repeats", 1, "--images", 16, "--batch", 8, "--side", 32, "--", *tiny)
     assert done.code == 0, done.err
-    one, two, share = (float(re.search(r": ([\d.]+)", line)[1]) for line in done.out.splitlines()[-3:])
-    assert share == pytest.approx(two / (2 * one), abs=0.02)
+    lines = done.out.splitlines()[-5:]
+    assert all(line.startswith("32 pixels, 8 images a step: ") for line in lines)
+    assert "2 runs at once of 4 images a step: " in lines[2]
+    one, two, apart, at_once, share = (float(re.search(r": ([\d.]+)[^:]*(\(target: .*)?$", line)[1]) for line in lines)
+    assert share == pytest.approx(two / (2 * one), abs=0.02) and at_once == pytest.approx(apart / (2 * one), abs=0.02)
+
+
+GROWING = "configs/pretrain/ffhq1024_alae.yaml"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--batch", 8, 9), "training.batch: 9 images do not divide over 2 ranks (try 8 or 10)"),
+        (("autoencoder.resolution=32",), "autoencoder.resolution: give --side, whose rows say it"),
+        (("training.batch=8",), "training.batch: give --batch, whose rows say it"),
+        (("--config", GROWING), f"--config {GROWING}: a batch by level, expected one"),
+    ],
+)
+def test_batches_that_cannot_be_dealt_to_ranks(given, says):
+    done = run(THROUGHPUT, "ranks", *given)
+    assert done.code == 2 and says in done.err
 
 
 def test_one_process_is_no_launch_file_for_ranks():

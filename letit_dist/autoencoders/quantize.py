@@ -1,7 +1,7 @@
 """Vector quantisation with a codebook learnt by running means (VQ-VAE, 1711.00937, appendix A.1).
 
 The update is split from the forward pass: forward adds to the statistics of the global batch, over any number
-of microbatches, and `update` sums them over the ranks and moves the codebook. The codes of a batch are
+of microbatches, and `update` moves the codebook by them, once they are summed over the ranks. The codes of a batch are
 therefore looked up before its update, as in the published code, and the result does not depend on how the
 batch was divided.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,8 +78,7 @@ class Quantizer(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self._updates: int | None = None
         # Not buffers: DDP broadcasts buffers from rank 0 in every forward, and each rank has its own sums here.
-        self._sums: Tensor | None = None  # (K, 1 + D) float64: counts, sums
-        self._candidates: Tensor | None = None  # (K, 1 + D): found, row
+        self._sums: Tensor | None = None
 
     def extra_repr(self) -> str:
         """The numbers of this codebook, in the printed module."""
@@ -143,20 +141,31 @@ class Quantizer(nn.Module):
     def _restart_is_due(self) -> bool:
         return self.restart_below > 0 and (self._update_count() + 1) % self.restart_every == 0
 
+    def sums(self) -> Tensor:
+        """What the next `update` goes by: (K, 1 + D) float64, counts and sums of the rows collected since the last one;
+        where a restart is due (K, 2 + 2 D), and for each code whether this rank found its candidate, and the row.
+
+        Who trains on several ranks sums it over them, in place, between the last forward pass and `update`.
+        """
+        if self._sums is None:
+            codes, code_dim = self.embed.shape
+            columns = (1 + code_dim) * (2 if self._restart_is_due() else 1)
+            self._sums = torch.zeros(codes, columns, dtype=torch.float64, device=self.embed.device)
+        return self._sums
+
     def _collect(self, rows: Tensor, nearest: Tensor, place: BatchPlace | None) -> None:
         codes, code_dim = self.embed.shape
-        if self._sums is None:
-            self._sums = rows.new_zeros(codes, 1 + code_dim, dtype=torch.float64)
+        total = self.sums()
         # Within a microbatch in the dtype of the rows, across microbatches and ranks in float64.
         sums = rows.new_zeros(codes, code_dim).index_add_(0, nearest, rows)
         counts = rows.new_zeros(codes).index_add_(0, nearest, rows.new_ones(len(nearest)))
-        self._sums[:, 0] += counts
-        self._sums[:, 1:] += sums
+        total[:, 0] += counts
+        total[:, 1 : 1 + code_dim] += sums
         if place is not None and self._restart_is_due():
-            self._collect_candidates(rows, place)
+            self._collect_candidates(total[:, 1 + code_dim :], rows, place)
 
-    def _collect_candidates(self, rows: Tensor, place: BatchPlace) -> None:
-        codes, code_dim = self.embed.shape
+    def _collect_candidates(self, candidates: Tensor, rows: Tensor, place: BatchPlace) -> None:
+        codes = len(self.embed)
         positions = place.positions.to(rows.device)
         places = len(rows) // len(positions)  # locations in one map
         draws = rng.generator(place.seed, f"codebook restart {self.name}".strip(), self._update_count())
@@ -166,35 +175,22 @@ class Quantizer(nn.Module):
         sample, location = drawn.div(places, rounding_mode="floor"), drawn % places
         hits = sample[:, None] == positions[None, :]  # (K, B)
         found = hits.any(1, keepdim=True)
-        candidates = rows[hits.to(torch.uint8).argmax(1) * places + location]
-        if self._candidates is None:
-            self._candidates = rows.new_zeros(codes, 1 + code_dim)
-        own = torch.cat([found.to(rows.dtype), candidates], 1)
-        self._candidates = torch.where(found, own, self._candidates)
+        own = rows[hits.to(torch.uint8).argmax(1) * places + location]
+        candidates.copy_(torch.where(found, torch.cat([found.to(rows.dtype), own], 1), candidates))
 
     def discard(self) -> None:
         """Forget the batch collected since the last update (a step that is skipped, say)."""
-        self._sums = self._candidates = None
+        self._sums = None
 
     @torch.no_grad()
     def update(self) -> CodebookStats:
-        """Move the codebook by the collected batch. Collective: every rank calls it once a global batch.
-
-        Counts and sums (and restart candidates where due) are summed over the ranks in one all_reduce in
-        float64; then running means, restart, and codes = sums / Laplace-smoothed counts.
-        """
+        """Move the codebook by `sums`, once a global batch: running means, restart, and then codes = sums /
+        Laplace-smoothed counts."""
         codes, code_dim = self.embed.shape
         width = 1 + code_dim
         restart = self._restart_is_due()
-        columns = 2 * width if restart else width
-        packed = torch.zeros(codes, columns, dtype=torch.float64, device=self.embed.device)
-        if self._sums is not None:
-            packed[:, :width] = self._sums
-        if restart and self._candidates is not None:
-            packed[:, width:] = self._candidates
+        packed = self.sums()
         self.discard()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(packed)
         counts, sums = packed[:, 0], packed[:, 1:width]
         self.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         self.embed_avg.mul_(self.decay).add_(sums, alpha=1 - self.decay)

@@ -213,8 +213,12 @@ class VQVAE2(Autoencoder):
         reconstruction = recomputed(decode, latents, when=self._recompute)
         return TrainingOutput(reconstruction, commitment_top, commitment_bottom)
 
+    def codebook_sums(self) -> list[Tensor]:
+        """What `update_codebooks` goes by, to be summed over the ranks before it (see `Quantizer.sums`)."""
+        return [self.top_quantizer.sums(), self.bottom_quantizer.sums()]
+
     def update_codebooks(self) -> dict[str, CodebookStats]:
-        """Move both codebooks by the collected global batch; collective (see `Quantizer.update`)."""
+        """Move both codebooks by the collected global batch (see `Quantizer.update`)."""
         return {"top": self.top_quantizer.update(), "bottom": self.bottom_quantizer.update()}
 
     def discard_statistics(self) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -259,13 +258,14 @@ class ALAERecipe(Recipe):
         packed = torch.cat([w.new_full((1,), len(w)), w.sum(0)])
         self._w_sums[phase] = self._w_sums[phase] + packed if phase in self._w_sums else packed
 
+    def sums(self) -> list[Tensor]:
+        return list(self._w_sums.values())
+
     @torch.no_grad()
     def after_batch(self, batch: Batch) -> dict[str, float]:
-        """Move the mean of w towards the means of both generated batches, in their order; collective."""
+        """Move the mean of w towards the means of both generated batches, in their order."""
         packed = torch.stack(list(self._w_sums.values()))
         self.discard()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(packed)
         for mean in packed[:, 1:] / packed[:, :1]:
             self.autoencoder.w_mean.lerp_(mean.expand_as(self.autoencoder.w_mean), 1 - self.config.w_mean_beta)
         return {}

@@ -215,6 +215,11 @@ class Recipe(nn.Module):
         """The loss of `phase`; no `.item()` here, so that a GPU is never waited for."""
         raise NotImplementedError
 
+    def sums(self) -> list[Tensor]:
+        """What `after_batch` goes by, as sums over this rank's part of the batch. Once all phases have run forward, the
+        trainer puts the sums over all ranks in their place."""
+        return []
+
     def after_batch(self, batch: Batch) -> Mapping[str, Tensor | float]:
         """Called once a global batch, after every phase has stepped, on every rank (codebooks move here)."""
         return {}

@@ -87,6 +87,9 @@ class VQVAE2Recipe(Recipe):
         images = batch.data["images"]
         return rng.normal(shape, self.seed, purpose, batch.positions, device=images.device, dtype=images.dtype)
 
+    def sums(self) -> list[Tensor]:
+        return self.autoencoder.codebook_sums()
+
     def after_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Move both codebooks; the counts are those of the global batch."""
         metrics = {}

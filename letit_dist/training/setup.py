@@ -68,10 +68,13 @@ def create_accelerator(
         raise UserError(f"training.trackers: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     on_cpu = _on_cpu()
-    handlers: list[Any] = [
-        # Buffers (codebooks, running means) are equal by construction; a broadcast a step would hide it if not.
-        DistributedDataParallelKwargs(find_unused_parameters=several_phases, broadcast_buffers=False)
-    ]
+    # Buffers (codebooks, running means) are equal by construction; a broadcast a step would hide it if not.
+    ddp: dict[str, Any] = {"find_unused_parameters": several_phases, "broadcast_buffers": False}
+    if on_cpu:
+        # DDP's own first bucket of 1 MiB overlaps with the backward pass; with gloo, which computes on the rank's own
+        # cores, it only adds a collective. (accelerate does not hand on its default of 25.)
+        ddp["bucket_cap_mb"] = 26
+    handlers: list[Any] = [DistributedDataParallelKwargs(**ddp)]
     if launched_ranks() > 1:
         backend = {"backend": "gloo"} if on_cpu else {}
         # accelerate hands on only what is not its own default of 600 s; torch's is another, half an hour with gloo.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from letit_dist.schemas import IntervalsConfig, TrainingConfig
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
 from letit_dist.training.ends import StopSignals, why_it_ended
+from letit_dist.training.exchange import Exchange, unusable
 from letit_dist.training.feeds import Feed
 from letit_dist.training.metrics import Means, StatsFile
 from letit_dist.training.optim import activate, build_optimizer, forget_gradients, move, require_gradients
@@ -110,6 +110,7 @@ class Trainer:
         self._saved_at = -1
         self._batch_start = 0
         self._signals = StopSignals()
+        self._agreed = [0.0, 0.0, 0.0]  # over all ranks: asked to stop, bad samples of this batch, failed saves
         self._doing = "before the first batch"
         self._preview: Batch | None = None
         self._preview_count = preview
@@ -170,20 +171,25 @@ class Trainer:
         """Every phase whose turn it is, the average, `images_seen`; `watch` hears the name of each phase after it."""
         self._batch_start = self.images_seen
         number = self.images_seen // batch.global_batch
-        for phase in self.recipe.phases:
-            if number % phase.every == 0:
-                self.step(phase, batch)
-                if watch is not None:
-                    watch(phase.name)
+        phases = [phase for phase in self.recipe.phases if number % phase.every == 0]
+        for phase in phases:
+            self.step(phase, batch, closing=phase is phases[-1])
+            if watch is not None:
+                watch(phase.name)
         self._doing = "between two batches"
+        if not phases:
+            _, *self._agreed = self._exchange(batch, [], closing=True).wait()
         self.means.add(self.recipe.after_batch(batch))
         self.images_seen += batch.global_batch
         if self.average:
             with self.state.whole():
                 self.average.update(self.recipe, batch.global_batch, self.images_seen)
 
-    def step(self, phase: Phase, batch: Batch) -> None:
-        """All microbatches of one phase, then one optimiser step over the phase's networks."""
+    def step(self, phase: Phase, batch: Batch, *, closing: bool) -> None:
+        """All microbatches of one phase, then one optimiser step over the phase's networks.
+
+        The `closing` phase is the last one of the batch: what the recipe has summed over it is then complete.
+        """
         self._doing = f"in phase {phase.name!r}"
         names = self.recipe.active_groups(phase, self.images_seen)
         activate(self.base_optimizer, names, self.recipe.rate_at(self.images_seen))
@@ -192,15 +198,21 @@ class Trainer:
         if not self.deepspeed:
             # Not accelerate's wrapper, which looks through the installed packages in every call.
             forget_gradients(self.base_optimizer)
+        losses: list[torch.Tensor] = []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._gradients_shared(last):
                 result = self.model(phase.name, part)
-                self._refuse_bad_loss(phase, result.loss)
+                losses.append(result.loss.detach())
+                if last:
+                    exchange = self._exchange(batch, losses, closing=closing)
+                    if self.deepspeed:  # its backward pass moves the weights
+                        self._refuse_bad_loss(phase, losses, exchange)
                 self._backward(result.loss, last)
             name = "loss" if len(self.recipe.phases) == 1 else f"loss_{phase.name}"
             self.means.add({name: result.loss, **result.metrics}, weight=part.size)
         if not self.deepspeed:
+            self._refuse_bad_loss(phase, losses, exchange)
             move(self.base_optimizer)
 
     @property
@@ -239,31 +251,34 @@ class Trainer:
 
     # ---------------------------------------------------------------- guards
 
-    def _all_sum(self, values: list[float]) -> list[float]:
-        if self.accelerator.num_processes == 1:
-            return values
-        packed = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        torch.distributed.all_reduce(packed)
-        return packed.tolist()
+    def _exchange(self, batch: Batch, losses: list[torch.Tensor], *, closing: bool) -> Exchange:
+        """The only one of a phase beside that of gradients: bad losses, the flags of `_agreed`, the recipe's sums."""
+        flags = [float(self._signals.asked), float(len(batch.bad)), float(self.store.failed)]
+        sums = self.recipe.sums() if closing else []
+        ranks, device = self.accelerator.num_processes, self.accelerator.device
+        return Exchange(losses, self.recipe.loss_limit, flags, sums, ranks=ranks, device=device)
 
-    def _refuse_bad_loss(self, phase: Phase, loss: torch.Tensor) -> None:
+    def _refuse_bad_loss(self, phase: Phase, losses: list[torch.Tensor], exchange: Exchange) -> None:
         """Raise on every rank, before any weight can change, when the loss of one rank is unusable."""
-        limit = self.recipe.loss_limit or math.inf
-        value = float(loss.detach())
-        if self._all_sum([float(not math.isfinite(value) or abs(value) > limit)])[0] == 0:
+        bad, *self._agreed = exchange.wait()
+        if bad == 0:
             return
         self.recipe.discard()
-        why = "not finite" if limit == math.inf else f"not finite or beyond recipe.loss_limit {limit:g}"
+        if not self.deepspeed:
+            self.base_optimizer.zero_grad(set_to_none=True)
+        limit = self.recipe.loss_limit
+        values = [float(loss) for loss in losses]
+        mine = next((value for value in values if unusable(value, limit)), values[-1])
+        why = "not finite" if limit is None else f"not finite or beyond recipe.loss_limit {limit:g}"
         raise UserError(
             f"the loss of phase {phase.name!r} is {why} at {self.images_seen} images "
-            f"(this rank: {value:g}); the weights were not changed by it and {self._saved}. "
+            f"(this rank: {mine:g}); the weights were not changed by it and {self._saved}. "
             f"Lower recipe.optimizer.learning_rate{self.recipe.divergence_hint} and start again in a new folder"
         )
 
     def _agree(self, batch: Batch) -> bool:
         """Count bad samples over all ranks and decide together whether to stop."""
-        flags = [float(self._signals.asked), float(len(batch.bad)), float(self.store.failed)]
-        stop, bad, failed = self._all_sum(flags)
+        stop, bad, failed = self._agreed
         if failed:
             self.store.wait()  # raises on the main process, which wrote
             raise SystemExit(2)
