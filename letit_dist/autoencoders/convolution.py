@@ -1,10 +1,9 @@
-"""Convolutions whose gradients a CPU takes as products of matrices, and a ReLU that leaves nothing behind.
+"""Convolutions that learn faster on a CPU, and a ReLU that leaves nothing behind.
 
-On a GPU, under autocast and for shapes that do not suit they are torch's own. On a CPU maps go through in
-channels_last, where torch's forward pass and gradient of the input come near the rate of large products, and its
-gradient of the weights to a third of it. That one, and the other two where there are many channels, are taken by
-Winograd's minimal filtering (Lavin and Gray, 1509.09308, as a bilinear form): a tile of outputs takes fewer
-multiplications than outputs times weights, and the sum over channels is a product of large matrices.
+On a GPU, under autocast, where nothing learns, for shapes that do not suit and without numba they are torch's own. On a
+CPU maps go through in channels_last, where torch's forward pass and gradient of the input come near the rate of large
+products, and its gradient of the weights to a third of it. That one, and the other two where there are many channels,
+are taken by Winograd's minimal filtering (winograd.py).
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ _TILE = 4  # sides of coarse maps must be multiples of it
 
 
 @functools.cache
-def _has_kernels() -> bool:
-    # Elsewhere numba's threads are others than torch's.
+def _has_numba() -> bool:
+    # Elsewhere its threads are not torch's.
     return sys.platform == "linux" and importlib.util.find_spec("numba") is not None
 
 
@@ -51,18 +50,20 @@ class _Layer(NamedTuple):
     def suits(self, x: Tensor, weight: Tensor) -> bool:
         """Whether gradients are taken here: where that is faster."""
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        # numba compiles for some 20 seconds, once on a machine: not for a program that translates a few images.
+        learning = torch.is_grad_enabled() and _has_numba()
         coarse = x.shape[2:] if self.transposed else [side // self.stride for side in x.shape[2:]]
         whole = all(side > 0 and side % _TILE == 0 for side in coarse)
         large = len(x) * math.prod(coarse) * weight.numel() >= _LEAST
         known = (self.stride, *weight.shape[2:]) in ((1, 3, 3), (2, 4, 4))
         return (
             plain
+            and learning
             and known
             and whole
             and large
             and x.dtype == weight.dtype
             and x.dtype in (torch.float32, torch.float64)
-            and _has_kernels()
         )
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def _after_relu(
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, on a CPU with gradients by products."""
+    """torch's, faster on a CPU."""
 
     after_relu = _after_relu
 
@@ -179,7 +180,7 @@ class Conv2d(nn.Conv2d):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """torch's, on a CPU with gradients by products."""
+    """torch's, faster on a CPU."""
 
     after_relu = _after_relu
 

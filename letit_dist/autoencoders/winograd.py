@@ -1,8 +1,8 @@
-"""Filtering of maps on a CPU by fewer multiplications: Winograd's minimal filtering (Lavin and Gray, 1509.09308).
+"""Convolutions on a CPU with fewer multiplications: Winograd's minimal filtering (Lavin and Gray, 1509.09308).
 
-In one dimension y = gather((filter w) * (spread x)), linear maps all of them; in two, each of them along both axes. A
-tile of outputs then takes fewer multiplications than outputs times weights, and the sum over channels is a product of
-large matrices, torch's. The linear maps are numba's: as operations of torch they took half the time of an iteration.
+In one dimension y = gather((filter w) * (spread x)), all three of them linear maps; in two, each goes along both axes.
+With it a tile of outputs takes fewer multiplications than outputs times weights, and the sum over channels is a product
+of large matrices, torch's. Spreading and gathering are numba's, which fuses their passes over memory.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ class Scheme:
         (points, tiles, outputs), the same for every piece."""
         tiles = coarse.shape[:3].numel() // TILE**2
         points, most = self.reach**2, min(tiles, _TILES)
-        room = [coarse.new_empty(points * most * channels) for channels in (inputs, outputs)]
+        room = [(coarse.new_empty(points * most * n), n) for n in (inputs, outputs)]
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         for first in range(0, tiles, most):
             size = min(most, tiles - first)
-            fine, found = (part[: points * size * n].view(points, size, n) for part, n in zip(room, (inputs, outputs)))
+            fine, found = (part[: points * size * n].view(points, size, n) for part, n in room)
             yield first, fine, found
 
 
