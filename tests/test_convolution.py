@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +127,29 @@ def test_rounding_in_float32():
     expected = gradients(exact, x, plain)
     found = gradients(exact.float(), x.float(), ours)
     assert apart(found, expected) < 1e-5
+
+
+def test_number_of_threads_stays():
+    """numba starts its threads in torch's pool, as many as there are cores."""
+    program = """
+import torch
+torch.set_num_threads(1)
+from letit_dist.autoencoders.convolution import Conv2d
+Conv2d(64, 64, 3, padding=1)(torch.randn(1, 64, 64, 64)).sum().backward()
+print(torch.get_num_threads())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout == "1\n"
+
+
+def test_torchs_own_without_numba_and_where_nothing_learns(layer, monkeypatch):
+    x = maps(layer, (4, 4))
+    monkeypatch.setattr(convolution._Convolve, "apply", None)
+    with torch.no_grad():
+        assert torch.equal(layer(x), plain(layer, x))
+    monkeypatch.setattr(convolution, "_has_numba", lambda: False)
+    assert torch.equal(layer(x), plain(layer, x))
+    assert torch.equal(layer.after_relu(x)[0], plain(layer, x.relu()))
 
 
 def test_frozen_weights_get_no_gradient(layer):

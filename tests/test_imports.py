@@ -42,6 +42,7 @@ LIBRARY_HOMES = {
     "lpips": {"losses", "evaluation"},
     "diffusers": {"autoencoders"},
     "gradio": {"demo"},
+    "numba": {"autoencoders"},
     "torch_fidelity": {"evaluation"},
     "transformers": {"evaluation"},
 }

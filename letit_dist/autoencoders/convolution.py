@@ -1,18 +1,19 @@
-"""Convolutions whose gradients a CPU takes as products of matrices, and a ReLU that leaves nothing behind.
+"""Convolutions that learn faster on a CPU, and a ReLU that leaves nothing behind.
 
-On a GPU, under autocast and for shapes that do not suit they are torch's own. On a CPU maps go through in
-channels_last, where torch's forward pass and gradient of the input come near the rate of large products, and its
-gradient of the weights to a third of it. That one, and the other two where there are many channels, are taken by
-Winograd's minimal filtering (Lavin and Gray, 1509.09308, as a bilinear form): a tile of outputs takes fewer
-multiplications than outputs times weights, and the sum over channels is a product of large matrices.
+On a GPU, under autocast, where nothing learns, for shapes that do not suit and without numba they are torch's own. On a
+CPU maps go through in channels_last, where torch's forward pass and gradient of the input come near the rate of large
+products, and its gradient of the weights to a third of it. That one, and the other two where there are many channels,
+are taken by Winograd's minimal filtering (winograd.py).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,88 +21,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-_TILES = 64  # taken at once: their transforms, about 1 MiB at 128 channels, then stay in the cache
+if TYPE_CHECKING:
+    from letit_dist.autoencoders.winograd import Scheme
+
 _LEAST = 1 << 24  # multiplications of a direction below which its many small operations cost more than they save
 _NARROW = 16  # channels below which torch's own gradients are as fast
 _WIDE = 64  # channels on both sides from which the transforms cost less than the products they save
-# Where the polynomials of the scheme are evaluated, beside infinity: the choice that rounds least (4e-6 of the largest
-# output for 128 channels in float32; plain sums 1e-6, with 2 in place of 1/2 9e-6).
-_POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
-_TILE = 4  # outputs of a tile along one axis
+_TILE = 4  # sides of coarse maps must be multiples of it
 
 
-class _Scheme:
-    """Tiles of 4 x 4 outputs of filters of `taps` x `taps`, on maps each position of which holds stride^2 pixels.
-
-    In one dimension y = gather^T [(filter w) * (spread x)]; in two, with the Kronecker squares of these matrices.
-    Maps are (B, H, W, C): fine ones are inputs of a strided filter, padded by 1, coarse ones what it puts out.
-    """
-
-    def __init__(self, taps: int, stride: int, dtype: torch.dtype):
-        self.taps, self.stride = taps, stride
-        self.reach = reach = _TILE + taps - 1  # inputs of a tile along one axis, and points
-        points = torch.tensor(_POINTS[: reach - 1], dtype=torch.float64)
-
-        def evaluated(size: int) -> Tensor:  # of polynomials with `size` coefficients: (reach, size)
-            at_infinity = F.one_hot(torch.tensor([size - 1]), size)
-            return torch.cat([torch.vander(points, size, increasing=True), at_infinity])
-
-        spread = torch.linalg.inv(evaluated(reach)).T
-        scale = spread.abs().amax(1, keepdim=True)
-        self.spread, self.filter, self.gather = (
-            torch.kron(one, one).to(dtype) for one in (spread / scale, evaluated(taps) * scale, evaluated(_TILE))
-        )
-
-    def correlate(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Maps (B, H, W, C) and a filter (C', C, k, k) to what it puts out: (B, C', H', W') in channels_last."""
-        outputs, inputs = weight.shape[:2]
-        taps, stride = self.taps, self.stride
-        split = weight.reshape(outputs, inputs, taps, stride, taps, stride).permute(2, 4, 3, 5, 1, 0)
-        filters = (self.filter @ split.reshape(taps**2, -1)).view(self.reach**2, -1, outputs)
-        side = [size // stride for size in x.shape[1:3]]
-        # Not a view: what a ReLU overwrites must not be one.
-        y = torch.empty(len(x), outputs, *side, dtype=x.dtype, memory_format=torch.channels_last)
-        for fine, coarse in self._pieces(x, y.permute(0, 2, 3, 1)):
-            found = self.gather.t() @ torch.bmm(self._spread(fine), filters).flatten(1)
-            batch, high, wide, channels = coarse.shape
-            tiles = found.view(_TILE, _TILE, batch, high // _TILE, wide // _TILE, channels)
-            coarse.unflatten(2, (-1, _TILE)).unflatten(1, (-1, _TILE)).copy_(tiles.permute(2, 3, 0, 4, 1, 5))
-        return y
-
-    def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Maps (B, H, W, C) and the gradient (B, H', W', C') of what `correlate` puts out to that of its
-        filter, (C', C, k, k)."""
-        inputs, outputs, taps, stride = x.shape[3], gradient.shape[3], self.taps, self.stride
-        total = x.new_zeros(self.reach**2, stride**2 * inputs, outputs)
-        for fine, coarse in self._pieces(x, gradient):
-            tiles = coarse.unflatten(2, (-1, _TILE)).unflatten(1, (-1, _TILE)).permute(2, 4, 0, 1, 3, 5)
-            spread = (self.gather @ tiles.reshape(_TILE**2, -1)).view(self.reach**2, -1, outputs)
-            total.baddbmm_(self._spread(fine).transpose(1, 2), spread)
-        found = (self.filter.t() @ total.flatten(1)).view(taps, taps, stride, stride, inputs, outputs)
-        return found.permute(5, 4, 0, 2, 1, 3).reshape(outputs, inputs, taps * stride, taps * stride)
-
-    def _spread(self, fine: Tensor) -> Tensor:
-        """(B, H, W, C) to (points, tiles, stride^2 C)"""
-        stride, reach = self.stride, self.reach
-        windows = fine.unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
-        windows = windows.unfold(1, reach, _TILE).unfold(3, reach, _TILE).permute(6, 7, 0, 1, 3, 2, 4, 5)
-        spread = self.spread @ windows.reshape(reach**2, -1)
-        return spread.view(reach**2, -1, stride**2 * fine.shape[3])
-
-    def _pieces(self, fine: Tensor, coarse: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both maps in pieces of about `_TILES` tiles, some samples or some rows of one; the fine one padded."""
-        rows, columns = coarse.shape[1] // _TILE, coarse.shape[2] // _TILE
-        samples, rows = max(1, _TILES // (rows * columns)), min(rows, max(1, _TILES // columns))
-        for first in range(0, len(coarse), samples):
-            for top in range(0, coarse.shape[1], rows * _TILE):
-                bottom = min(top + rows * _TILE, coarse.shape[1])
-                above, below = top == 0, bottom == coarse.shape[1]
-                inputs = slice(top * self.stride - 1 + above, (bottom + self.taps - 1) * self.stride - 1 - below)
-                piece = F.pad(fine[first : first + samples, inputs], (0, 0, 1, 1, int(above), int(below)))
-                yield piece, coarse[first : first + samples, top:bottom]
-
-
-_scheme = functools.lru_cache(_Scheme)
+@functools.cache
+def _has_numba() -> bool:
+    # Elsewhere its threads are not torch's.
+    return sys.platform == "linux" and importlib.util.find_spec("numba") is not None
 
 
 def _rows_of(x: Tensor) -> Tensor:
@@ -118,12 +50,15 @@ class _Layer(NamedTuple):
     def suits(self, x: Tensor, weight: Tensor) -> bool:
         """Whether gradients are taken here: where that is faster."""
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        # numba compiles for some 20 seconds, once on a machine: not for a program that translates a few images.
+        learning = torch.is_grad_enabled() and _has_numba()
         coarse = x.shape[2:] if self.transposed else [side // self.stride for side in x.shape[2:]]
         whole = all(side > 0 and side % _TILE == 0 for side in coarse)
         large = len(x) * math.prod(coarse) * weight.numel() >= _LEAST
         known = (self.stride, *weight.shape[2:]) in ((1, 3, 3), (2, 4, 4))
         return (
             plain
+            and learning
             and known
             and whole
             and large
@@ -135,7 +70,7 @@ class _Layer(NamedTuple):
         if self.transposed:
             return F.conv_transpose2d(x, weight, bias, self.stride, 1)
         if self._by_scheme(weight):
-            return self._correlate(x, weight).add_(bias[:, None, None])
+            return self._correlate(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, 1)
 
     def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -153,11 +88,13 @@ class _Layer(NamedTuple):
             return conv2d_weight(fine, weight.shape, coarse, self.stride, 1)
         return self._scheme(weight).weight_gradient(_rows_of(fine), _rows_of(coarse))
 
-    def _correlate(self, fine: Tensor, weight: Tensor) -> Tensor:
-        return self._scheme(weight).correlate(_rows_of(fine), weight)
+    def _correlate(self, fine: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._scheme(weight).correlate(_rows_of(fine), weight, bias)
 
-    def _scheme(self, weight: Tensor) -> _Scheme:
-        return _scheme(weight.shape[2] // self.stride, self.stride, weight.dtype)
+    def _scheme(self, weight: Tensor) -> Scheme:
+        from letit_dist.autoencoders.winograd import scheme
+
+        return scheme(weight.shape[2] // self.stride, self.stride, weight.dtype)
 
     def _by_scheme(self, weight: Tensor) -> bool:
         # With stride 2 a tile saves less, and four times the channels are transformed.
@@ -231,7 +168,7 @@ def _after_relu(
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, on a CPU with gradients by products."""
+    """torch's, faster on a CPU."""
 
     after_relu = _after_relu
 
@@ -243,7 +180,7 @@ class Conv2d(nn.Conv2d):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """torch's, on a CPU with gradients by products."""
+    """torch's, faster on a CPU."""
 
     after_relu = _after_relu
 
