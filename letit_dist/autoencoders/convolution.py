@@ -9,7 +9,7 @@ are taken by Winograd's minimal filtering (winograd.py).
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -32,8 +32,13 @@ _TILE = 4  # sides of coarse maps must be multiples of it
 
 @functools.cache
 def _has_numba() -> bool:
-    # Elsewhere its threads are not torch's.
-    return sys.platform == "linux" and importlib.util.find_spec("numba") is not None
+    if sys.platform != "linux":
+        return False  # its threads are not torch's there
+    try:
+        importlib.import_module("numba")
+    except ImportError:  # not there, or one that does not know this numpy
+        return False
+    return True
 
 
 def _rows_of(x: Tensor) -> Tensor:
