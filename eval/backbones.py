@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/eval/backbones_emoji.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. backbones.mine=runs/mine")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. backbones.mine=runs/mine")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all that is made")
     parser.add_argument("--lpips", nargs="*", choices=("alex", "vgg", "squeeze"), default=["alex"], help="(alex)")
     parser.add_argument(

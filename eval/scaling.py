@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--batch", type=int, required=True, metavar="N", help="images a step, over all ranks")
     step = commands.add_parser("step")
     step.add_argument("config", type=Path, help="of pretrain.py")
-    step.add_argument("overrides", nargs="*", metavar="key=value")
+    step.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     step.add_argument("--operations", type=float, default=3e13, help="of a GPU, a second, sustained (3e13)")
     step.add_argument("--inside", type=float, default=2e11, help="bytes a second between GPUs of a machine (2e11)")
     step.add_argument("--between", type=float, default=2e10, help="the same between machines, a GPU's share (2e10)")

@@ -15,7 +15,7 @@ source launch/environment.sh
 prepare_environment figures
 
 begun=$SECONDS
-step() { echo; echo "== $1 ($((SECONDS - begun)) s)"; }
+step() { echo; echo "== $1 (after $((SECONDS - begun)) s)"; }
 
 step "1/6 drawing and packing apples and oranges"
 python shards/pack.py builtin:fruit --out "$run/shards" --resolution 64 --count 1200 --test 256 --workers 2
@@ -45,4 +45,5 @@ python eval/translation.py "$run/apple2orange" --train "$run/shards/apple/train"
 echo
 echo "done in $((SECONDS - begun)) s"
 echo "look at:  $run/eval/translation.png"
+echo "          $run/translated/sheets/ (before and after)"
 echo "          $run/translated/paths/  (trajectories)"

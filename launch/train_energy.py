@@ -25,7 +25,7 @@ from letit_dist.errors import UserError, reports_errors
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, e.g. configs/energy/fruit.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.batch=16")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.batch=16")
     parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
     parser.add_argument("--check", action="store_true", help="print the resolved configuration and exit")
     args = parser.parse_intermixed_args(argv)

@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="A_DIR", help="folder of pictures to translate from")
     parser.add_argument("target", type=Path, metavar="B_DIR", help="folder of pictures to translate to")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the configuration")
     parser.add_argument("--autoencoder", required=True, help="its folder, a run, or an id on the Hub")
     parser.add_argument("--out", required=True, type=Path, help="folder for all that is made")
     parser.add_argument(

@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, nargs="+", metavar="N", help="images a step, of all ranks together")
     add("--side", type=int, metavar="PIXELS", help="of the images")
     add("--images", type=int, default=128, metavar="N", help="of a timed interval; a run has four (128)")
-    add("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="of the configuration")
 
 
 def matches(args: argparse.Namespace) -> Rows:
