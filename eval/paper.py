@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     shift.add_argument("--count", type=int, default=512, help="at most so many latents, spread evenly (512)")
 
     trajectories = figures.add_parser("trajectories", help="decoded steps and their energies (figure 8)")
-    trajectories.add_argument("--columns", type=int, default=12, help="at most so many steps on the sheet, evenly spread (12)")
+    trajectories.add_argument("--columns", type=int, default=12, help="at most so many steps on the sheet (12)")
     trajectories.add_argument("--animation", choices=("gif", "webp"), default="gif", help="(gif)")
 
     strength = figures.add_parser("strength", help="the translation as a dial, and the way back")

@@ -31,7 +31,7 @@ from letit_dist.errors import UserError, reports_errors
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file, e.g. configs/pretrain/imagenet256_vqvae2.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.batch=64 data.workers=4")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.batch=64")
     parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
     parser.add_argument("--check", action="store_true", help="show configuration, batches, memory and disk, and exit")
     parser.add_argument("--ranks", type=int, help="--check: as if launched with so many ranks")

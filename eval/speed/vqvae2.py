@@ -18,7 +18,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--resolution", type=int, nargs="+", default=[256], metavar="PIXELS", help="default: 256")
     add("--channels", type=int, default=128, metavar="N", help="of the networks (default: 128, as published)")
-    add("--batch", type=int, default=4, metavar="N", help="images an iteration (default: 4)")
+    add("--batch", type=int, default=8, metavar="N", help="images an iteration (default: 8)")
     add("--layers", action="store_true", help="only how fast each convolution is, in each direction, on the CPU")
 
 
