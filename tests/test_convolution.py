@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from letit_dist.autoencoders import convolution
+from letit_dist.autoencoders import convolution, winograd
 from letit_dist.autoencoders.convolution import Conv2d, ConvTranspose2d, JoinedConv2d
 
 # As many channels as take every path.
@@ -155,11 +155,14 @@ def test_torchs_own_without_numba_and_where_nothing_learns(layer, monkeypatch):
 
 def test_without_data(layer):
     """As the estimate of a run's memory goes through it."""
+    winograd.scheme.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(maps(layer, (8, 8)).shape, dtype=torch.float64, requires_grad=True)
         y, _ = layer.after_relu(x)
         y.sum().backward()
     assert x.grad.shape == x.shape and layer.weight.grad.shape == layer.weight.shape
+    x = maps(layer, (8, 8))
+    assert apart(gradients(layer, x, ours), gradients(layer, x, plain)) < 1e-12  # nothing of it was kept
 
 
 def test_frozen_weights_get_no_gradient(layer):

@@ -14,7 +14,6 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
@@ -43,17 +42,22 @@ class Scheme:
     def __init__(self, taps: int, stride: int, dtype: torch.dtype):
         self.taps, self.stride = taps, stride
         self.reach = reach = TILE + taps - 1  # inputs of a tile along one axis, and points
-        points = torch.tensor(_POINTS[: reach - 1], dtype=torch.float64)
+        points = np.array(_POINTS[: reach - 1])
 
-        def evaluated(size: int) -> Tensor:  # of polynomials with `size` coefficients: (reach, size)
-            at_infinity = F.one_hot(torch.tensor([size - 1]), size)
-            return torch.cat([torch.vander(points, size, increasing=True), at_infinity])
+        def evaluated(size: int) -> Array:  # of polynomials with `size` coefficients: (reach, size)
+            return np.vstack([np.vander(points, size, increasing=True), np.eye(size)[-1]])
 
-        spread = torch.linalg.inv(evaluated(reach)).T
+        spread = np.linalg.inv(evaluated(reach)).T
         # In `_spread` the first coefficient of each row is 1/2 or -1/2, and all are then exact.
-        first = (spread.abs() > 1e-9).int().argmax(1, keepdim=True)
-        one = evaluated(taps) * 2 * spread.gather(1, first).abs()
-        self.filter = torch.kron(one, one).to(dtype)
+        first = (np.abs(spread) > 1e-9).argmax(1)
+        one = evaluated(taps) * 2 * np.abs(spread[np.arange(reach), first])[:, None]
+        # No tensor: made where nothing has data (FakeTensor), it would be kept without.
+        self._filter, self._dtype = np.kron(one, one), dtype
+
+    @property
+    def filter(self) -> Tensor:
+        """Of both axes: (points, taps^2)"""
+        return torch.from_numpy(self._filter).to(self._dtype)
 
     def correlate(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Maps (B, H, W, C) and a filter (C', C, k, k) to what it puts out: (B, C', H', W') in channels_last."""
