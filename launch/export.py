@@ -2,7 +2,7 @@
 """Turn published checkpoints into folders of config.json and model.safetensors, and such folders back.
 
     python launch/export.py --from alae ffhq/model_submitted.pth --out models/alae_ffhq
-    python launch/export.py --from vqvae2 vqvae_560.pt --resolution 256 --out models/vqvae2
+    python launch/export.py --from vqvae2 CHECKPOINT.pt --resolution 256 --out models/vqvae2
     python launch/export.py --from beta_vae last --out models/beta_vae
     python launch/export.py --from energy ebm.pth --out models/ebm \\
         --autoencoder models/alae_ffhq --steps 20 --step-size 2

@@ -1,7 +1,6 @@
 """The demo: what its page calls, and the page itself in a real browser."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -107,7 +106,7 @@ def served(folder):
                 time.sleep(0.3)
         yield address
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT, which children of a background job ignore
         process.wait(30)
 
 

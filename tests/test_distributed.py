@@ -1,5 +1,6 @@
 """Two processes equal one: the same global batches, weights, codebooks and averages."""
 
+import json
 import os
 import shutil
 import socket
@@ -163,16 +164,20 @@ def test_deepspeed_resumes_equal_to_itself(tmp_path, fruit_shards, name):
 
 
 def test_a_run_continues_on_another_number_of_ranks(tmp_path, fruit_shards):
-    """Half the run on two ranks, the rest on one: equal to one rank throughout, in float64."""
-    double = [*STEPS20, "training.precision=fp64"]
+    """Half the run on two ranks, the rest on one: equal to one rank throughout, in float64, with means over both."""
+    double = [*STEPS20, "training.precision=fp64", "intervals.report=160"]
     started(launch(tmp_path / "one", fruit_shards, *double))
-    half = ["training.precision=fp64", "training.images=160", "intervals.checkpoint=80"]
+    half = ["training.precision=fp64", "training.images=160", "intervals.checkpoint=80", "intervals.report=160"]
     started(launch(tmp_path / "two", fruit_shards, *half, yaml="launch/accelerate/cpu2.yaml"))
     sorted((tmp_path / "two" / "checkpoints").glob("images-*"))[-1].rename(tmp_path / "aside")
     again = launch(tmp_path / "two", fruit_shards, *half)
     started(again)
     assert "resumed at 80 of 160 images" in again.stdout
-    assert_close(checkpoint(tmp_path / "two", "model"), checkpoint(tmp_path / "one", "model"), rtol=1e-9, atol=1e-9)
+    for name in ("model", "average", "optimizer"):
+        assert_close(checkpoint(tmp_path / "two", name), checkpoint(tmp_path / "one", name), rtol=1e-9, atol=1e-9)
+    one, two = (json.loads((tmp_path / run / "stats.jsonl").read_text()) for run in ("one", "two"))
+    del one["images_per_second"], two["images_per_second"]
+    assert two == pytest.approx(one, rel=1e-9, abs=1e-12)
 
 
 def test_two_machines_equal_one(tmp_path, fruit_shards):

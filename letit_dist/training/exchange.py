@@ -40,7 +40,7 @@ class Exchange:
             if losses:
                 values = torch.stack(list(losses)).double()
                 bad += (~values.isfinite() | (values.abs() > (math.inf if limit is None else limit))).sum()
-            numbers = torch.tensor(flags, dtype=torch.float64, device=device)
+            numbers = torch.tensor(flags, dtype=torch.float64).to(device, non_blocking=True)
             parts = [part.detach().reshape(-1).double() for part in sums]
             self._packed = torch.cat([bad, numbers, *parts])
             self._work = torch.distributed.all_reduce(self._packed, async_op=True)

@@ -210,7 +210,9 @@ class Trainer:
                         self._refuse_bad_loss(phase, losses, exchange)
                 self._backward(result.loss, last)
             name = "loss" if len(self.recipe.phases) == 1 else f"loss_{phase.name}"
-            self.means.add({name: result.loss, **result.metrics}, weight=part.size)
+            # In images of all ranks, so that a run may go on with another number of them in mid-interval.
+            weight = part.size * self.accelerator.num_processes
+            self.means.add({name: result.loss, **result.metrics}, weight=weight)
         if not self.deepspeed:
             self._refuse_bad_loss(phase, losses, exchange)
             move(self.base_optimizer)
