@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from letit_dist.autoencoders import convolution
+from letit_dist.autoencoders import convolution, winograd
 from letit_dist.autoencoders.convolution import Conv2d, ConvTranspose2d, JoinedConv2d
 
 # As many channels as take every path.
@@ -150,6 +151,18 @@ def test_torchs_own_without_numba_and_where_nothing_learns(layer, monkeypatch):
     monkeypatch.setattr(convolution, "_has_numba", lambda: False)
     assert torch.equal(layer(x), plain(layer, x))
     assert torch.equal(layer.after_relu(x)[0], plain(layer, x.relu()))
+
+
+def test_without_data(layer):
+    """As the estimate of a run's memory goes through it."""
+    winograd.scheme.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(maps(layer, (8, 8)).shape, dtype=torch.float64, requires_grad=True)
+        y, _ = layer.after_relu(x)
+        y.sum().backward()
+    assert x.grad.shape == x.shape and layer.weight.grad.shape == layer.weight.shape
+    x = maps(layer, (8, 8))
+    assert apart(gradients(layer, x, ours), gradients(layer, x, plain)) < 1e-12  # nothing of it was kept
 
 
 def test_frozen_weights_get_no_gradient(layer):

@@ -8,13 +8,12 @@ of large matrices, torch's. Spreading and gathering are numba's, which fuses the
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
@@ -43,17 +42,22 @@ class Scheme:
     def __init__(self, taps: int, stride: int, dtype: torch.dtype):
         self.taps, self.stride = taps, stride
         self.reach = reach = TILE + taps - 1  # inputs of a tile along one axis, and points
-        points = torch.tensor(_POINTS[: reach - 1], dtype=torch.float64)
+        points = np.array(_POINTS[: reach - 1])
 
-        def evaluated(size: int) -> Tensor:  # of polynomials with `size` coefficients: (reach, size)
-            at_infinity = F.one_hot(torch.tensor([size - 1]), size)
-            return torch.cat([torch.vander(points, size, increasing=True), at_infinity])
+        def evaluated(size: int) -> Array:  # of polynomials with `size` coefficients: (reach, size)
+            return np.vstack([np.vander(points, size, increasing=True), np.eye(size)[-1]])
 
-        spread = torch.linalg.inv(evaluated(reach)).T
+        spread = np.linalg.inv(evaluated(reach)).T
         # In `_spread` the first coefficient of each row is 1/2 or -1/2, and all are then exact.
-        first = (spread.abs() > 1e-9).int().argmax(1, keepdim=True)
-        one = evaluated(taps) * 2 * spread.gather(1, first).abs()
-        self.filter = torch.kron(one, one).to(dtype)
+        first = (np.abs(spread) > 1e-9).argmax(1)
+        one = evaluated(taps) * 2 * np.abs(spread[np.arange(reach), first])[:, None]
+        # No tensor: made where nothing has data (FakeTensor), it would be kept without.
+        self._filter, self._dtype = np.kron(one, one), dtype
+
+    @property
+    def filter(self) -> Tensor:
+        """Of both axes: (points, taps^2)"""
+        return torch.from_numpy(self._filter).to(self._dtype)
 
     def correlate(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Maps (B, H, W, C) and a filter (C', C, k, k) to what it puts out: (B, C', H', W') in channels_last."""
@@ -65,11 +69,11 @@ class Scheme:
         # Not a view: what a ReLU overwrites must not be one.
         y = torch.empty(len(x), outputs, *side, dtype=x.dtype, memory_format=torch.channels_last)
         coarse = y.permute(0, 2, 3, 1)
-        added = _array(x.new_zeros(outputs) if bias is None else bias)
+        added = x.new_zeros(outputs) if bias is None else bias
         for first, fine, found in self._pieces(coarse, filters.shape[1], outputs):
-            spread(_array(x), stride, self.reach, first, _array(fine))
+            spread(x, stride, self.reach, first, fine)
             torch.bmm(fine, filters, out=found)
-            gather(_array(found), self.reach, first, added, _array(coarse))
+            gather(found, self.reach, first, added, coarse)
         return y
 
     def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
@@ -78,8 +82,8 @@ class Scheme:
         inputs, outputs, taps, stride = x.shape[3], gradient.shape[3], self.taps, self.stride
         total = x.new_zeros(self.reach**2, stride**2 * inputs, outputs)
         for first, fine, coarse in self._pieces(gradient, stride**2 * inputs, outputs):
-            spread(_array(x), stride, self.reach, first, _array(fine))
-            evaluate(_array(gradient), self.reach, first, _array(coarse))
+            spread(x, stride, self.reach, first, fine)
+            evaluate(gradient, self.reach, first, coarse)
             total.baddbmm_(fine.transpose(1, 2), coarse)
         found = (self.filter.t() @ total.flatten(1)).view(taps, taps, stride, stride, inputs, outputs)
         return found.permute(5, 4, 0, 2, 1, 3).reshape(outputs, inputs, taps * stride, taps * stride)
@@ -100,16 +104,28 @@ class Scheme:
 scheme = functools.lru_cache(Scheme)
 
 
-def _array(x: Tensor) -> Array:
-    return x.detach().numpy()
-
-
 # Each of the three maps along one axis takes the first axis of (n, m, channels) to the second of (m, n', channels), so
 # that twice takes both. LLVM makes vector instructions of them where the lines m are a number that it knows, the same
 # for all: some of them may hold nothing.
 _scalars = njit(fastmath=True, error_model="numpy")
 _along_one = njit(cache=True, fastmath=True, error_model="numpy")
 _tiles = njit(cache=True, fastmath=True, error_model="numpy", parallel=True, nogil=True)
+
+
+def _operation(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A kernel of arrays as an operation of torch, which also those find that run without data (FakeTensor)."""
+
+    def register(kernel: Callable[..., None]) -> Callable[..., None]:
+        def run(*given: Tensor | int) -> None:
+            kernel(*(x.detach().numpy() if isinstance(x, Tensor) else x for x in given))
+
+        name = f"letit_dist::{kernel.__name__}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, "cpu", run)
+        torch.library.register_fake(name, lambda *given: None)
+        return getattr(torch.ops.letit_dist, kernel.__name__).default
+
+    return register
 
 
 @_scalars
@@ -207,6 +223,7 @@ def _place(tile: int, rows: int, columns: int) -> tuple[int, int, int]:
     return tile // (rows * columns), tile // columns % rows, tile % columns
 
 
+@_operation("(Tensor x, int stride, int reach, int first, Tensor(a!) out) -> ()")
 @_tiles
 def spread(x: Array, stride: int, reach: int, first: int, out: Array) -> None:
     """The fine maps x (B, H, W, C) around the tiles from `first` on: out (points, tiles, stride^2 C)."""
@@ -233,6 +250,7 @@ def spread(x: Array, stride: int, reach: int, first: int, out: Array) -> None:
                         out[i * reach + j, tile, phase * channels + k] = window[i, j, k]
 
 
+@_operation("(Tensor y, int reach, int first, Tensor(a!) out) -> ()")
 @_tiles
 def evaluate(y: Array, reach: int, first: int, out: Array) -> None:
     """The coarse maps y (B, H, W, C) in the tiles from `first` on: out (points, tiles, C)."""
@@ -253,6 +271,7 @@ def evaluate(y: Array, reach: int, first: int, out: Array) -> None:
                     out[i * reach + j, tile, k] = window[i, j, k]
 
 
+@_operation("(Tensor found, int reach, int first, Tensor bias, Tensor(a!) y) -> ()")
 @_tiles
 def gather(found: Array, reach: int, first: int, bias: Array, y: Array) -> None:
     """Values at the points (points, tiles, C), and a bias (C,), to the tiles from `first` on of coarse maps."""
