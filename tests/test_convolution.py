@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from letit_dist.autoencoders import convolution, winograd
+from letit_dist import winograd
+from letit_dist.autoencoders import convolution
 from letit_dist.autoencoders.convolution import Conv2d, ConvTranspose2d, JoinedConv2d
 
 # As many channels as take every path.
@@ -151,6 +152,18 @@ def test_torchs_own_without_numba_and_where_nothing_learns(layer, monkeypatch):
     monkeypatch.setattr(convolution, "_has_numba", lambda: False)
     assert torch.equal(layer(x), plain(layer, x))
     assert torch.equal(layer.after_relu(x)[0], plain(layer, x.relu()))
+
+
+def test_every_autoencoder_is_there_without_numba():
+    program = """
+import sys
+sys.modules["numba"] = None
+from letit_dist.autoencoders.convolution import _has_numba
+from letit_dist.registry import AUTOENCODERS
+print(_has_numba(), AUTOENCODERS.kinds())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("False [") and "vqvae2" in run.stdout
 
 
 def test_without_data(layer):

@@ -3,7 +3,7 @@
 On a GPU, under autocast, where nothing learns, for shapes that do not suit and without numba they are torch's own. On a
 CPU maps go through in channels_last, where torch's forward pass and gradient of the input come near the rate of large
 products, and its gradient of the weights to a third of it. That one, and the other two where there are many channels,
-are taken by Winograd's minimal filtering (winograd.py).
+are taken by Winograd's minimal filtering (letit_dist/winograd.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 if TYPE_CHECKING:
-    from letit_dist.autoencoders.winograd import Scheme
+    from letit_dist.winograd import Scheme
 
 _LEAST = 1 << 24  # multiplications of a direction below which its many small operations cost more than they save
 _NARROW = 16  # channels below which torch's own gradients are as fast
@@ -97,7 +97,7 @@ class _Layer(NamedTuple):
         return self._scheme(weight).correlate(_rows_of(fine), weight, bias)
 
     def _scheme(self, weight: Tensor) -> Scheme:
-        from letit_dist.autoencoders.winograd import scheme
+        from letit_dist.winograd import scheme
 
         return scheme(weight.shape[2] // self.stride, self.stride, weight.dtype)
 
