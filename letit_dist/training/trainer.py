@@ -267,7 +267,7 @@ class Trainer:
             return
         self.recipe.discard()
         if not self.deepspeed:
-            self.base_optimizer.zero_grad(set_to_none=True)
+            forget_gradients(self.base_optimizer)
         limit = self.recipe.loss_limit
         values = [float(loss) for loss in losses]
         mine = next((value for value in values if unusable(value, limit)), values[-1])
