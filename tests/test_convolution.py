@@ -149,7 +149,7 @@ def test_torchs_own_without_numba_and_where_nothing_learns(layer, monkeypatch):
     monkeypatch.setattr(convolution._Convolve, "apply", None)
     with torch.no_grad():
         assert torch.equal(layer(x), plain(layer, x))
-    monkeypatch.setattr(convolution, "_has_numba", lambda: False)
+    monkeypatch.setattr(convolution, "has_numba", lambda: False)
     assert torch.equal(layer(x), plain(layer, x))
     assert torch.equal(layer.after_relu(x)[0], plain(layer, x.relu()))
 
@@ -158,9 +158,9 @@ def test_every_autoencoder_is_there_without_numba():
     program = """
 import sys
 sys.modules["numba"] = None
-from letit_dist.autoencoders.convolution import _has_numba
+from letit_dist.compiled import has_numba
 from letit_dist.registry import AUTOENCODERS
-print(_has_numba(), AUTOENCODERS.kinds())
+print(has_numba(), AUTOENCODERS.kinds())
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("False [") and "vqvae2" in run.stdout

@@ -8,10 +8,7 @@ are taken by Winograd's minimal filtering (letit_dist/winograd.py).
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from letit_dist.compiled import has_numba
+
 if TYPE_CHECKING:
     from letit_dist.winograd import Scheme
 
@@ -28,17 +27,6 @@ _LEAST = 1 << 24  # multiplications of a direction below which its many small op
 _NARROW = 16  # channels below which torch's own gradients are as fast
 _WIDE = 64  # channels on both sides from which the transforms cost less than the products they save
 _TILE = 4  # sides of coarse maps must be multiples of it
-
-
-@functools.cache
-def _has_numba() -> bool:
-    if sys.platform != "linux":
-        return False  # its threads are not torch's there
-    try:
-        importlib.import_module("numba")
-    except ImportError:  # not there, or one that does not know this numpy
-        return False
-    return True
 
 
 def _rows_of(x: Tensor) -> Tensor:
@@ -56,7 +44,7 @@ class _Layer(NamedTuple):
         """Whether gradients are taken here: where that is faster."""
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
         # numba compiles for some 20 seconds, once on a machine: not for a program that translates a few images.
-        learning = torch.is_grad_enabled() and _has_numba()
+        learning = torch.is_grad_enabled() and has_numba()
         coarse = x.shape[2:] if self.transposed else [side // self.stride for side in x.shape[2:]]
         whole = all(side > 0 and side % _TILE == 0 for side in coarse)
         large = len(x) * math.prod(coarse) * weight.numel() >= _LEAST

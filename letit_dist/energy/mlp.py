@@ -50,6 +50,8 @@ class MLPEnergy(EnergyModel):
             if i > 0:
                 self.layers.append(nn.GELU() if config.activation == "gelu" else nn.LeakyReLU(_SLOPE))
             self.layers.append(nn.Linear(inputs, outputs))
+        # Found once: beside narrow layers looking for them would take as long as their products.
+        self._linear = tuple(layer for layer in self.layers if isinstance(layer, nn.Linear))
 
     def forward(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
         return self._chosen(self.layers(latents.flatten(1) / self.unit), condition)
@@ -110,10 +112,6 @@ class MLPEnergy(EnergyModel):
         parameters = [tensor for layer in self._linear for tensor in (layer.weight, layer.bias)]
         flat = flat if self.unit == 1 else flat / self.unit
         return _Contrast.apply(flat, len(target), self._activate, self._bend, *parameters)
-
-    @property
-    def _linear(self) -> list[nn.Linear]:
-        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     @property
     def _activate(self) -> Callable[[Tensor], Tensor]:
