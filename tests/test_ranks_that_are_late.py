@@ -13,12 +13,25 @@ from letit_dist.evaluation.features import gather_features
 
 # The group's own options: what a collective that waits for a late rank will really go by.
 JOIN = """
+import os
+from pathlib import Path
 import torch
+from letit_dist.errors import reports_errors
 from letit_dist.training.setup import join_ranks
-rank, world, _, gather = join_ranks()
-group = torch.distributed.distributed_c10d._get_default_group()
-seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-print("waits", rank, gather(seconds))
+
+def gloo():
+    return sum("gloo" in Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task"))
+
+@reports_errors
+def main():
+    rank, world, _, gather = join_ranks()
+    group = torch.distributed.distributed_c10d._get_default_group()
+    seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    print("waits", rank, gather(seconds), flush=True)
+    assert gloo() > 0
+
+main()
+print("threads left", gloo())
 """
 
 
@@ -39,6 +52,8 @@ def test_a_rank_may_be_days_late():
         said, _ = job.communicate(timeout=240)
         assert job.returncode == 0, said
         assert f"waits {rank} [{7 * 86_400.0}, {7 * 86_400.0}]" in said
+        # They could end the process with SIGABRT, after all went well.
+        assert "threads left 0" in said
 
 
 def test_a_rank_that_has_gone_is_told_in_one_line():
