@@ -25,7 +25,7 @@ from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_che
 from letit_dist.training.ema import WeightAverage
 from letit_dist.training.ends import StopSignals, why_it_ended
 from letit_dist.training.exchange import Exchange, unusable
-from letit_dist.training.feeds import Feed
+from letit_dist.training.feeds import PREVIEW, Feed
 from letit_dist.training.metrics import Means, StatsFile
 from letit_dist.training.optim import activate, build_optimizer, forget_gradients, move, require_gradients
 from letit_dist.training.plan import BatchPlan, plan_batches
@@ -62,7 +62,7 @@ class Trainer:
         training: TrainingConfig,
         intervals: IntervalsConfig,
         max_bad_fraction: float = 1.0,
-        preview: int = 8,
+        preview: int = PREVIEW,
         origin: dict[str, str] | None = None,
     ):
         self.accelerator = accelerator
