@@ -24,7 +24,7 @@ from letit_dist.schemas import IntervalsConfig, TrainingConfig
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
 from letit_dist.training.ends import StopSignals, why_it_ended
-from letit_dist.training.exchange import Exchange, unusable
+from letit_dist.training.exchange import FLAGS, Exchange, unusable
 from letit_dist.training.feeds import PREVIEW, Feed
 from letit_dist.training.metrics import Means, StatsFile
 from letit_dist.training.optim import activate, build_optimizer, forget_gradients, move, require_gradients
@@ -110,7 +110,7 @@ class Trainer:
         self._saved_at = -1
         self._batch_start = 0
         self._signals = StopSignals()
-        self._agreed = [0.0, 0.0, 0.0]  # over all ranks: asked to stop, bad samples of this batch, failed saves
+        self._agreed = [0.0] * FLAGS  # over all ranks: asked to stop, bad samples of this batch, failed saves
         self._doing = "before the first batch"
         self._preview: Batch | None = None
         self._preview_count = preview
