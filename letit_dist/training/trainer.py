@@ -124,7 +124,8 @@ class Trainer:
         except RuntimeError as error:
             where = f"{self._doing} at {self.images_seen} images"
             goes_on = f"{self._saved}, the same command continues from there"
-            line = why_it_ended(error, self.accelerator.num_processes, where, goes_on)
+            place = self.accelerator.process_index, self.accelerator.num_processes
+            line = why_it_ended(error, *place, where, goes_on)
             if line is None:
                 raise
             raise UserError(line) from error
@@ -378,13 +379,10 @@ class Trainer:
             tensors = {"model": self.recipe.state_dict(), "optimizer": self.state.optimizer_tensors(keep=self.is_main)}
             if self.average:
                 tensors["average"] = self.average.module.state_dict()
-            self.store.save(
-                self.images_seen,
-                tensors,
-                state,
-                is_main=self.is_main,
-                barrier=self.accelerator.wait_for_everyone,
-                background=background,
+            # What goes wrong here ends all ranks at once: nobody else would tell those that do not write.
+            main_decides(
+                self.accelerator,
+                lambda: str(self.store.save(self.images_seen, tensors, state, background=background)),
             )
         self._saved_at = self.images_seen
 
