@@ -41,7 +41,9 @@ def matches(args: argparse.Namespace) -> Rows:
         with tempfile.TemporaryDirectory() as folder:
             found = agreement(config, Path(folder), args.batch, side)
             pair = [_trainer(config, Path(folder), args.batch, part) for part in (None, side)]
-            sides = [learning_side(trainer, lambda t=trainer: _learn(t, args.batch)) for trainer in pair]  # type: ignore[misc]
+            sides = [
+                learning_side(trainer, lambda t=trainer: _learn(t, args.batch, args.resolution)) for trainer in pair
+            ]  # type: ignore[misc]
             name = f"{args.resolution} pixels, again from {side}"
             yield Match(name, sides[0], sides[1], lambda found=found: found, args.batch)  # type: ignore[misc]
 
@@ -53,7 +55,7 @@ def agreement(config: VQVAE2Config, folder: Path, batch: int, side: int) -> str:
     both = [_trainer(config, folder, batch, part) for part in (None, side)]
     for trainer in both:
         with full_precision(trainer.recipe):
-            _learn(trainer, batch)
+            _learn(trainer, batch, config.resolution)
     kept, again = (trainer.recipe.state_dict() for trainer in both)
     found = {"weights": max(apart(again[n], kept[n]) for n in kept if kept[n].is_floating_point())}
     losses = [trainer.means.means()["loss"] for trainer in both]
@@ -77,12 +79,11 @@ def _trainer(config: VQVAE2Config, folder: Path, batch: int, side: int | None) -
     return idle_trainer(recipe, folder, batch=batch)
 
 
-def _learn(trainer: Trainer, count: int) -> None:
+def _learn(trainer: Trainer, count: int, side: int) -> None:
     import torch
 
     from letit_dist.recipes.base import Batch
     from speed.trainers import ready
 
-    side = trainer.recipe.autoencoder.config.resolution  # type: ignore[union-attr]
     images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     trainer.learn(ready(trainer, Batch({"images": images}, torch.arange(count), 0, count)))
