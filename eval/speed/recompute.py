@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,9 @@ def matches(args: argparse.Namespace) -> Rows:
         with tempfile.TemporaryDirectory() as folder:
             found = agreement(config, Path(folder), args.batch, side)
             pair = [_trainer(config, Path(folder), args.batch, part) for part in (None, side)]
-            sides = [
-                learning_side(trainer, lambda t=trainer: _learn(t, args.batch, args.resolution)) for trainer in pair
-            ]  # type: ignore[misc]
+            sides = [learning_side(trainer, partial(_learn, trainer, args.batch, args.resolution)) for trainer in pair]
             name = f"{args.resolution} pixels, again from {side}"
-            yield Match(name, sides[0], sides[1], lambda found=found: found, args.batch)  # type: ignore[misc]
+            yield Match(name, sides[0], sides[1], partial(str, found), args.batch)
 
 
 def agreement(config: VQVAE2Config, folder: Path, batch: int, side: int) -> str:
