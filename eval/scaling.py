@@ -9,7 +9,7 @@ data    deals an epoch in the middle of a run to all ranks by the reader's own f
         never, bytes and shards a rank reads, how much more the busiest rank of a step reads than the mean one, and how
         long a resumed rank takes to find its next batch
 step    counts the operations of each phase and level by running it on tensors without memory, and sets them against
-        the gradients that ranks exchange, for a cluster given by --operations, --inside, --between and --latency
+        what ranks exchange, for a cluster given by --operations, --inside, --between and --latency
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     step.add_argument("--inside", type=float, default=2e11, help="bytes a second between GPUs of a machine (2e11)")
     step.add_argument("--between", type=float, default=2e10, help="the same between machines, a GPU's share (2e10)")
     step.add_argument("--machine", type=int, default=8, help="GPUs of a machine (8)")
-    step.add_argument("--latency", type=float, default=2e-5, help="seconds, for each doubling of the ranks (2e-5)")
+    step.add_argument(
+        "--latency", type=float, default=2e-5, help="seconds a collective, for each doubling of the ranks (2e-5)"
+    )
     for command in (data, step):
         command.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64, 512, 4096], metavar="N")
     return parser.parse_intermixed_args(argv) if argv and argv[0] == "step" else parser.parse_args(argv)
@@ -99,7 +101,8 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "pixels": level.resolution or config.autoencoder.resolution,
                 "batch": batch,
                 "GFLOP an image": f"{sum(cost.operations for cost in costs) / 1e9:.4g}",
-                "MB exchanged": f"{sum(cost.gradients for cost in costs) / 1e6:.4g}",
+                "MB exchanged": f"{sum(cost.gradients + cost.sums for cost in costs) / 1e6:.4g}",
+                "collectives": f"{sum(cost.collectives for cost in costs):g}",
                 "ranks": ranks,
             }
             if batch % ranks:

@@ -12,9 +12,11 @@ fine-tune them on other images: configs/pretrain/finetune_apple2orange_vqvae2.ya
 The same command again resumes from the newest checkpoint in the run folder, after a stop or a kill. SIGTERM,
 SIGUSR1 and Ctrl-C save a checkpoint first (exit code 75). The run folder holds config.yaml, environment.json,
 stats.jsonl, samples/, checkpoints/ and, at the end, export/images-*/ with config.json and model.safetensors.
-Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing: on a cluster,
+Any key of the configuration can be given as key=value; --check runs nothing and writes nothing: it refuses what would
+refuse the run later, and says what each rank and the disk will hold. Before the data are packed, and for 8 ranks:
 
-    python launch/pretrain.py configs/pretrain/ffhq1024_alae.yaml --check --ranks 8 --run runs/ffhq1024_alae
+    python launch/pretrain.py configs/pretrain/ffhq1024_alae.yaml --check --without-data --ranks 8 \\
+        --deepspeed launch/deepspeed/ffhq1024.json --gpu-memory 40
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from letit_dist.errors import UserError, reports_errors
+from letit_dist.training.check_options import add_check_options, require_check_options
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -33,23 +36,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, e.g. configs/pretrain/imagenet256_vqvae2.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.batch=64")
     parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
-    parser.add_argument("--check", action="store_true", help="show configuration, batches, memory and disk, and exit")
-    parser.add_argument("--ranks", type=int, help="--check: as if launched with so many ranks")
-    parser.add_argument("--zero", action="store_true", help="--check: with ZeRO, which shards the optimiser's state")
+    add_check_options(parser)
     args = parser.parse_intermixed_args(argv)
-    if not args.check and args.run is None:
-        parser.error("--run is required (or --check)")
-    if not args.check and (args.ranks is not None or args.zero):
-        parser.error("--ranks and --zero belong to --check: the launcher says how many ranks there are")
-    if args.ranks is not None and args.ranks < 1:
-        parser.error("--ranks must be at least 1")
+    require_check_options(parser, args)
     return args
 
 
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from letit_dist.config import load_config, to_yaml
+    from letit_dist.config import load_config
     from letit_dist.schemas import PretrainConfig
 
     config = load_config(PretrainConfig, args.config, args.overrides)
@@ -58,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.cards import Card
     from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
-    from letit_dist.training.feeds import ImageFeed
-    from letit_dist.training.plan import plan_batches, timetable
+    from letit_dist.training.feeds import open_images
+    from letit_dist.training.plan import plan_batches
     from letit_dist.training.run import export, open_run, starts_anew
     from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
     from letit_dist.training.trainer import Trainer
@@ -86,26 +82,14 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     if args.check:
-        from letit_dist.training.estimate import data_lines, footprint, report, start_lines
+        from letit_dist.training.dry_run import DryRun
 
-        lines = timetable(levels, plans, config.training.images)
-        lines += start_lines(config, lambda path: build_autoencoder(config.autoencoder).start_from(path))
-        lines += data_lines(config, plans[0].ranks)
-        found = footprint(build, config, levels, plans, shards_optimizer=args.zero)
-        lines += report(found, config, levels, args.run)
-        print(to_yaml(config), end="")
-        print("\n".join(f"# {line}" for line in lines))
-        if lines[-1].endswith("(NOT ENOUGH)"):
-            raise UserError(f"--run {args.run}: no room for its checkpoints (the last line above)")
-        return 0
+        dry = DryRun(config, plans, levels, args.run, args.deepspeed, args.gpu_memory)
+        dry.images(build_autoencoder(config.autoencoder).start_from, look=not args.without_data)
+        dry.network(build, lambda recipe: recipe.autoencoder)
+        return dry.finish()
 
-    feed = ImageFeed(config.data, seed=config.training.seed, resolution=config.autoencoder.resolution)
-    expected = (config.autoencoder.resolution,) * 2
-    if feed.image_size not in (None, expected):
-        raise UserError(
-            f"data.train holds images of {feed.image_size[1]}x{feed.image_size[0]}, autoencoder.resolution is "
-            f"{expected[0]}: pack them again with shards/pack.py --resolution {expected[0]}"
-        )
+    feed = open_images(config)
     seed_weights(config.training.seed)
     recipe = build()
     accelerator = create_accelerator(

@@ -10,7 +10,8 @@ The latents come from launch/encode_latents.py. The same command again resumes f
 Swap data.source and data.target (and name another run folder) for the other direction; or learn all directions
 between several domains at once (data.domains in place of both, see configs/energy/domains.yaml). The run folder ends
 with export/images-*/: the energy with its chain's settings and its autoencoder's fingerprint.
-Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing.
+Any key of the configuration can be given as key=value; --check runs nothing and writes nothing: it refuses what
+would refuse the run later, and says what each rank and the disk will hold (--check --ranks 8).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 
 from letit_dist.errors import UserError, reports_errors
+from letit_dist.training.check_options import add_check_options, require_check_options
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -27,17 +29,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, e.g. configs/energy/fruit.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.batch=16")
     parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
-    parser.add_argument("--check", action="store_true", help="print the resolved configuration and exit")
+    add_check_options(parser)
     args = parser.parse_intermixed_args(argv)
-    if not args.check and args.run is None:
-        parser.error("--run is required (or --check)")
+    require_check_options(parser, args)
     return args
 
 
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from letit_dist.config import load_config, to_yaml
+    from letit_dist.config import load_config
     from letit_dist.schemas import TrainEnergyConfig
 
     config = load_config(TrainEnergyConfig, args.config, args.overrides)
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.energy.models import build_energy, conditions_of
     from letit_dist.evaluation.latents import all_latents, compare, measure_unit
     from letit_dist.evaluation.tables import markdown
+    from letit_dist.hub import is_hub_id
     from letit_dist.pretrained import find_folder
     from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe
     from letit_dist.training.feeds import LatentFeed
@@ -60,12 +62,14 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"recipe.kind: {config.recipe.kind} trains autoencoders (launch/pretrain.py), not energies")
     if problems := config.recipe.problems(None, config.training):
         raise UserError("\n".join(problems))
-    (plan,) = plan_batches(config.training, launched_ranks())
+    (plan,) = plan_batches(config.training, args.ranks or launched_ranks())
     if args.check:
-        print(to_yaml(config), end="")
-        print(f"# batch: {plan}, and as many of the target")
-        print(f"# steps: {-(-config.training.images // plan.batch)}")
-        return 0
+        from letit_dist.training.dry_run import DryRun
+
+        dry = DryRun(config, [plan], run=args.run, deepspeed=args.deepspeed, gpu_memory=args.gpu_memory)
+        if args.without_data or is_hub_id(config.autoencoder):
+            dry.unseen(LatentEnergyRecipe)
+            return dry.finish()
 
     autoencoder = load_autoencoder(find_folder(config.autoencoder))
     fingerprint = autoencoder.fingerprint()
@@ -75,21 +79,28 @@ def main(argv: list[str] | None = None) -> int:
     unit = measure_unit(autoencoder, *sides)
     shifts = {
         (feed.names[source], feed.names[target]): MeanShift.fit(
-            *(all_latents(autoencoder, sides[side]) for side in (source, target))
+            *(all_latents(autoencoder, sides[side], most=64 if args.check else None) for side in (source, target))
         )
         for source, target in feed.pairs
     }
     on = config.energy.condition_on
     named = [] if on is None else conditions_of(on, feed.names)
+
+    def build() -> LatentEnergyRecipe:
+        assert isinstance(config.recipe, LatentEnergyConfig)
+        energy = build_energy(config.energy, autoencoder.latent_shape, measured_unit=unit, conditions=named)
+        seed, precision = config.training.seed, config.training.precision
+        return LatentEnergyRecipe(config.recipe, energy, autoencoder, shifts, seed=seed, precision=precision)
+
+    if args.check:
+        from letit_dist.training.estimate import latents_of
+
+        dry.latents(feed)
+        dry.network(build, lambda recipe: recipe.energy, latents_of(autoencoder.latent_shape, several))
+        return dry.finish()
+
     seed_weights(config.training.seed)
-    recipe = LatentEnergyRecipe(
-        config.recipe,
-        build_energy(config.energy, autoencoder.latent_shape, measured_unit=unit, conditions=named),
-        autoencoder,
-        shifts,
-        seed=config.training.seed,
-        precision=config.training.precision,
-    )
+    recipe = build()
     accelerator = create_accelerator(
         several_phases=len(recipe.phases) > 1,
         timeout=config.training.timeout,

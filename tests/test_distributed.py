@@ -88,7 +88,7 @@ def test_first_gradients_of_two_ranks_equal_one_in_float32(tmp_path, fruit_shard
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5 * scale)
 
 
-DEEPSPEED = ("zero1", "imagenet256", "ffhq1024", "zero3", "zero2_offload")
+DEEPSPEED = ("zero1", "zero0", "imagenet256", "ffhq1024", "zero3", "zero2_offload")
 
 
 def under(name: str, folder: Path) -> Path:
@@ -127,7 +127,9 @@ def assert_rounding(run: Path, other: Path) -> None:
         assert_close(checkpoint(run, name), checkpoint(other, name), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "zero3" else pytest.mark.full) for n in DEEPSPEED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("zero0", "zero3") else pytest.mark.full) for n in DEEPSPEED]
+)
 def test_deepspeed_is_ddp_and_its_checkpoints_belong_to_any_number_of_ranks(tmp_path, fruit_shards, ddp, name):
     """Every shipped JSON; then half of it continued by one process without DeepSpeed, and half of DDP by it."""
     pytest.importorskip("deepspeed")
@@ -232,7 +234,7 @@ def test_two_ranks_equal_one_over_the_phases_and_levels_of_alae(tmp_path, fruit_
     assert model["autoencoder.w_mean"].std() > 0 and model["autoencoder.w_mean"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("file", [*(pytest.param(n, marks=pytest.mark.full) for n in DEEPSPEED[:2]), "ffhq1024"])
+@pytest.mark.parametrize("file", [*(pytest.param(n, marks=pytest.mark.full) for n in DEEPSPEED[:3]), "ffhq1024"])
 def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, file):
     """Two ranks, growing and accumulating; then continued from mid-growth, equal to itself."""
     pytest.importorskip("deepspeed")

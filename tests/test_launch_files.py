@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from ranks import start
 
 pytestmark = pytest.mark.ranks
 
@@ -58,6 +60,31 @@ def test_deepspeed_reads_it_and_it_holds_no_surprise(path, monkeypatch):
     keys = [*tree, *tree["zero_optimization"]]
     missing = [key for key in keys if f"{key}`" not in readme and key != "zero_optimization"]
     assert not missing, f"not explained in launch/deepspeed/README.md: {missing}"
+
+
+def test_every_stage_has_a_file_and_a_test():
+    from test_distributed import DEEPSPEED as TESTED
+
+    assert sorted(TESTED) == sorted(path.stem for path in DEEPSPEED)
+    assert {json.loads(path.read_text())["zero_optimization"]["stage"] for path in DEEPSPEED} == {0, 1, 2, 3}
+
+
+SEEN = """
+import os
+from letit_dist.training.setup import create_accelerator
+found = create_accelerator(several_phases=False)
+print(found.num_processes, found.device.type, found.distributed_type.value, os.environ["ACCELERATE_USE_CPU"])
+"""
+
+
+@pytest.mark.parametrize("name", ["cpu", "one"])
+def test_one_process(name, tmp_path):
+    """cpu.yaml does not look for a GPU."""
+    (tmp_path / "seen.py").write_text(SEEN)
+    done = start(tmp_path / "seen.py", launch=f"launch/accelerate/{name}.yaml", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    device = "cuda" if name == "one" and torch.cuda.is_available() else "cpu"
+    assert done.stdout.split()[-4:] == ["1", device, "NO", str(name == "cpu")]
 
 
 def test_the_kubernetes_manifest_starts_what_is_there():

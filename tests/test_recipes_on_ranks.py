@@ -87,7 +87,7 @@ def numbers_of(line: str) -> dict[str, float]:
     return numbers
 
 
-ALLOWED = {"beta_vae": ("zero1", "imagenet256", "ffhq1024", "zero3", "zero2_offload")}
+ALLOWED = {"beta_vae": ("zero0", "zero1", "imagenet256", "ffhq1024", "zero3", "zero2_offload")}
 ALLOWED["energy"] = tuple(name for name in ALLOWED["beta_vae"] if name != "zero3")
 
 

@@ -5,6 +5,7 @@ import collections
 import pytest
 import torch
 from conftest import tiny_alae_trainer, tiny_trainer
+from programs import ROOT
 from programs import run as program
 
 from letit_dist.autoencoders.base import build_autoencoder
@@ -69,3 +70,11 @@ def test_kinds_that_cannot_refuse_it(tmp_path):
     options = ("--check", "autoencoder=x", "data.source=y", "data.target=z", "training.recompute_from=32")
     done = program("launch/train_energy.py", "configs/energy/vqvae2.yaml", *options)
     assert done.code == 2 and "training.recompute_from has no effect on an energy" in done.err
+
+
+def test_the_benchmark_of_it_compares_equal_iterations_and_shows_the_price(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "eval")
+    options = ("--resolution", 64, "--channels", 16, "--batch", 2, "--from", 32, "--repeats", 1, "--device", "cpu")
+    done = program("eval/throughput.py", "recompute", *options)
+    assert done.code == 0, done.err
+    assert "64 pixels, again from 32" in done.out and "float32: weights" in done.out

@@ -1,10 +1,13 @@
 """Reading by simulation and a step by a model: against a reader, against counts by hand."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_alae_trainer, tiny_trainer
+from programs import ROOT
 from programs import run as program
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +22,8 @@ from letit_dist.recipes.base import Batch
 from letit_dist.registry import RECIPES
 from letit_dist.schemas import PretrainConfig
 from letit_dist.training import setup
+from letit_dist.training import trainer as trainers
+from letit_dist.training.exchange import Exchange
 from letit_dist.training.optim import require_gradients
 from letit_dist.training.scaling import Cluster, PhaseCost, efficiency, step_costs
 
@@ -105,22 +110,52 @@ def test_what_is_exchanged_is_what_ddp_exchanges(tmp_path, monkeypatch):
             require_gradients(groups, recipe.active_groups(phase, 0))
             sent.clear()
             wrapped(phase.name, batch).loss.backward()
-            assert cost.gradients == sum(sent), phase.name
+            assert (cost.gradients, cost.buckets) == (sum(sent), len(sent)), phase.name
     finally:
         torch.distributed.destroy_process_group()
     everything = 4 * sum(p.numel() for p in recipe.parameters())
     assert costs[0].gradients < 0.7 * everything
 
 
+@pytest.mark.parametrize(("build", "phases"), [(tiny_trainer, 1), (tiny_alae_trainer, 3)])
+def test_what_is_exchanged_beside_gradients_is_what_training_exchanges(
+    fruit_shards, fresh_accelerate, tmp_path, monkeypatch, build, phases
+):
+    """Every exchange of one batch, a phase each."""
+    trainer = build(tmp_path, fruit_shards, training={"microbatch": 2})
+    recipe = trainer.recipe
+    config = PretrainConfig.model_construct(
+        autoencoder=recipe.autoencoder.config, recipe=recipe.config, training=trainer.training
+    )
+    made = copy.deepcopy(recipe)
+    costs = step_costs(lambda: made, config, recipe.levels)[0]
+    sent = []
+
+    class Sent(Exchange):
+        def __init__(self, losses, limit, flags, sums, **more):
+            sent.append(8 * (1 + len(flags) + sum(part.numel() for part in sums)))
+            super().__init__(losses, limit, flags, sums, **more)
+
+    monkeypatch.setattr(trainers, "Exchange", Sent)
+    trainer.learn(next(trainer.feed.batches(0, 8, 0, 1, recipe.levels[0].resolution)))
+    assert len(sent) == phases and [cost.sums for cost in costs] == sent
+    assert [cost.collectives - cost.buckets for cost in costs] == [1] * phases
+    assert len(set(sent)) == min(phases, 2), "the recipe's sums come with the last phase"
+
+
+def test_a_phase_that_is_not_in_every_batch_counts_less():
+    assert PhaseCost("rare", 1e12, 400, buckets=0.5, sums=8, every=4).collectives == 0.75
+
+
 def test_efficiency_by_hand():
-    costs = [PhaseCost("one", 1e12, 400), PhaseCost("two", 1e12, 400)]
+    costs = [PhaseCost("one", 1e12, 380, buckets=2, sums=20), PhaseCost("two", 1e12, 390, buckets=1, sums=10)]
     cluster = Cluster(operations=1e13, inside=100.0, between=10.0, machine=4, latency=0.5)
     alone = efficiency(costs, 8, 1, cluster)
     assert (alone.images, alone.compute, alone.exchange, alone.worst, alone.best) == (8, 1.6, 0.0, 1.0, 1.0)
     four = efficiency(costs, 8, 4, cluster)
-    assert four.compute == pytest.approx(0.4) and four.exchange == pytest.approx(2 * 0.75 * 800 / 100 + 2 * 0.5 * 2)
+    assert four.compute == pytest.approx(0.4) and four.exchange == pytest.approx(2 * 0.75 * 800 / 100 + 5 * 0.5 * 2)
     eight = efficiency(costs, 8, 8, cluster)
-    assert eight.exchange == pytest.approx(2 * 7 / 8 * 800 / 10 + 2 * 0.5 * 3)
+    assert eight.exchange == pytest.approx(2 * 7 / 8 * 800 / 10 + 5 * 0.5 * 3)
     assert eight.worst == pytest.approx(eight.compute / (eight.compute + eight.exchange))
     assert math.isclose(eight.best, eight.compute / eight.exchange)
 
@@ -153,3 +188,18 @@ def test_bad_options(options, message):
 def test_batches_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="cannot be dealt to 3 ranks"):
         simulate(Layout.like(40, 10, 2), 8, 3)
+
+
+def test_what_the_document_says_of_two_machines():
+    """docs/scaling.md, ALAE at 1024 pixels and at 128, from the rows that stand in its own table."""
+    text = (ROOT / "docs/scaling.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
+    found = {
+        int(cells[1]): (float(cells[7]), float(cells[8]))
+        for cells in rows
+        if len(cells) == 11 and cells[6].strip() == "16" and cells[4].strip() == "463.3"
+    }
+    compute, exchange = found[1024]
+    assert f"{exchange:.0f} ms from 32 pixels on" in text
+    assert f"{exchange / compute:.2f} of it at 1024 ({compute:.0f} ms)" in text
+    assert f"128 pixels ({found[128][0]:.0f} ms)" in text and found[128][0] < exchange < found[256][0]

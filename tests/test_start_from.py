@@ -184,7 +184,7 @@ def test_check_says_whose_weights_and_whether_they_fit(parent, fruit_shards, tmp
     done = finetune(parent, fruit_shards, tmp_path / "new", "--check")
     assert done.code == 0 and f"# start_from: {parent / 'run'}, fingerprint {fingerprint}" in done.out
     done = finetune(parent, fruit_shards, tmp_path / "new", "--check", start_from="nowhere/else")
-    assert done.code == 0 and "# start_from: nowhere/else is not here, not looked at" in done.out
+    assert done.code == 0 and "# start_from: nowhere/else is an id on the Hub, not looked at" in done.out
     done = finetune(parent, fruit_shards, tmp_path / "new", "--check", "autoencoder.codes=32")
     assert done.code == 2 and "of another architecture" in done.err
     assert not (tmp_path / "new").exists()

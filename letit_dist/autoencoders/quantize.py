@@ -76,7 +76,7 @@ class Quantizer(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(codes))
         self.register_buffer("embed_avg", embed.clone())
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        self._updates: int | None = None
+        self._updates: int | None = 0
         # Not buffers: DDP broadcasts buffers from rank 0 in every forward, and each rank has its own sums here.
         self._sums: Tensor | None = None
 

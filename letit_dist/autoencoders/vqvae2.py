@@ -134,7 +134,9 @@ class VQVAE2(Autoencoder):
             found = codes[name]
             if found.ndim != 3 or found.shape[1:] != (side, side):
                 raise UserError(f"vqvae2: expected {name} codes of shape (B, {side}, {side}), got {tuple(found.shape)}")
-            if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.config.codes:
+            # A tensor of another type, as an estimate of memory has it, has a shape and no numbers to ask for.
+            asked = type(found) is Tensor and found.numel() > 0
+            if asked and not 0 <= int(found.min()) <= int(found.max()) < self.config.codes:
                 raise UserError(
                     f"vqvae2: {name} codes reach from {int(found.min())} to {int(found.max())}, "
                     f"the codebook has 0 to {self.config.codes - 1}: they come from another autoencoder"

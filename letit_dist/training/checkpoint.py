@@ -78,7 +78,7 @@ def _one_clear_error(beside: Path, final: Path) -> Iterator[None]:
 
 
 class CheckpointStore:
-    """The `checkpoints/` folder of a run. All methods but `save` are for the main process alone."""
+    """The `checkpoints/` folder of a run. For the main process alone."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
@@ -92,33 +92,27 @@ class CheckpointStore:
         tensors: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
         *,
-        is_main: bool = True,
-        barrier: Callable[[], None] = lambda: None,
         background: bool = False,
     ) -> Path:
-        """Write one checkpoint; every rank calls this, the main process writes.
+        """Write one checkpoint (main process only; it tells the others what came of it).
 
         With `background` it returns once the tensors are copied to the host's memory, and a thread writes them; what
         goes wrong there is raised by `wait`, which the next `save` calls first.
         """
-        if is_main:
-            self.wait()
+        self.wait()
         final = self.folder / f"{_PREFIX}{images_seen:012d}"
         beside = self.folder / f".{final.name}.writing"
         with _one_clear_error(beside, final):
-            if is_main:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
             state = {**state, "images_seen": images_seen}
-            if is_main and background:
+            if background:
                 copied = {name: {k: _copy(v) for k, v in values.items()} for name, values in tensors.items()}
                 # Not a daemon: a program that ends, by whatever exception, finishes its checkpoint first.
                 self._writer = threading.Thread(target=self._write, args=(beside, final, copied, state))
                 self._writer.start()
-            elif is_main:
+            else:
                 self._finish(beside, final, tensors, state)
-        if not background:
-            barrier()
         return final
 
     def _write(self, beside: Path, final: Path, tensors: Files, state: dict[str, Any]) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
+import time
+
+import torch
 
 # What a collective says when another rank has died or does not answer.
 _LOST = re.compile("timed? ?out|connection (closed|reset|refused)|broken pipe|no such process|socket", re.IGNORECASE)
+
+REPORT = 3.0  # seconds that ranks which were left have to say so: they notice it at about the same time
 
 
 class StopSignals:
@@ -33,7 +40,7 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def why_it_ended(error: RuntimeError, ranks: int, where: str, goes_on: str) -> str | None:
+def why_it_ended(error: RuntimeError, rank: int, ranks: int, where: str, goes_on: str) -> str | None:
     """The line for a run that a loader's worker or the other ranks have left; None for any other error."""
     reason = " ".join(str(error).split())[:200]
     if reason.startswith("DataLoader worker"):
@@ -41,4 +48,26 @@ def why_it_ended(error: RuntimeError, ranks: int, where: str, goes_on: str) -> s
     if ranks == 1 or not _LOST.search(reason):
         return None
     said = "What a rank that ended has said stands in its own lines"
+    silent = ", ".join(map(str, silent_ranks(rank, ranks, where)))
+    if silent:
+        said = f"No word from rank {silent}: hanging, or gone. {said}"
     return f"lost the other ranks {where} ({reason}); {goes_on}. {said}"
+
+
+def silent_ranks(rank: int, ranks: int, where: str) -> list[int]:
+    """The ranks that do not say, in a few seconds, that they too were left `where` this one was: those that hang, or
+    are gone. Empty where it cannot be known.
+
+    Asked through the store in which the ranks have met, which needs no collective and costs nothing before a fault.
+    """
+    key = f"letit_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/left {where}"
+    with contextlib.suppress(RuntimeError, ValueError):  # the store ends with the process that holds it
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"{key}/{rank}", "")
+        until = time.monotonic() + REPORT
+        silent = [other for other in range(ranks) if other != rank]
+        while silent and time.monotonic() < until:
+            time.sleep(0.1)
+            silent = [other for other in silent if not store.check([f"{key}/{other}"])]
+        return silent
+    return []

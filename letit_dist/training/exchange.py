@@ -14,6 +14,14 @@ def unusable(loss: float, limit: float | None) -> bool:
     return not math.isfinite(loss) or (limit is not None and abs(loss) > limit)
 
 
+FLAGS = 3  # of a phase: asked to stop, bad samples, failed saves
+
+
+def exchanged_bytes(sums: Sequence[Tensor]) -> int:
+    """What one exchange of a phase with these sums takes to and fro."""
+    return 8 * (1 + FLAGS + sum(part.numel() for part in sums))
+
+
 class Exchange:
     """Sums over the ranks, begun at once and read by `wait`. Collective: every rank makes them in the same order.
 

@@ -16,7 +16,9 @@ from letit_dist.data.transforms import UnreadableImage, fast_decoders, to_images
 from letit_dist.errors import UserError
 from letit_dist.memory import GIB
 from letit_dist.recipes.base import Batch
-from letit_dist.schemas import ImagesConfig
+from letit_dist.schemas import ImagesConfig, PretrainConfig
+
+PREVIEW = 8  # samples in a picture of a run
 
 
 class Feed(Protocol):
@@ -103,6 +105,10 @@ class ImageFeed:
             images = to_images(item.pixels.to(self.device, non_blocking=True))
             yield Batch({"images": images}, item.positions, images_seen + number * batch, batch, tuple(item.bad))
 
+    def require_shares(self, batch: int, ranks: int) -> None:
+        """Raise UserError where `ranks` could not each be given a part of every batch; reads no image."""
+        self._stream(0, batch, 0, ranks, self.config.workers)
+
     def preview(self, count: int) -> Batch:
         """Samples spread evenly over the data (foreign shards: their first), unaugmented."""
         if self.dataset is None:
@@ -118,6 +124,23 @@ class ImageFeed:
             with contextlib.suppress(UnreadableImage):
                 return self.dataset.pixels((sample + offset) % len(self.dataset))
         raise UserError(f"none of the {len(self.dataset)} samples in data.train can be decoded")
+
+
+def open_images(config: PretrainConfig) -> ImageFeed:
+    """The feed of a pretraining; UserError where its images are not of the autoencoder's size."""
+    side = config.autoencoder.resolution
+    feed = ImageFeed(config.data, seed=config.training.seed, resolution=side)
+    require_side(feed.image_size, side)
+    return feed
+
+
+def require_side(size: tuple[int, int] | None, side: int) -> None:
+    """UserError for images of another (H, W) than `side`; None is not known."""
+    if size not in (None, (side, side)):
+        raise UserError(
+            f"data.train holds images of {size[1]}x{size[0]}, autoencoder.resolution is {side}: "
+            f"pack them again with shards/pack.py --resolution {side}"
+        )
 
 
 class LatentFeed:

@@ -64,7 +64,8 @@ def timetable(levels: Sequence[Level], plans: Sequence[BatchPlan], images: int) 
         count = max(0, -(-(end - images_seen) // plan.batch))
         if len(levels) > 1:
             lines.append(
-                f"level {number}: {level.resolution} pixels from {images_seen} images on, batch: {plan}, {count} steps"
+                f"level {number}: {level.resolution} pixels from {images_seen} images on, batch: {plan}, "
+                f"{count} steps, {count * plan.batch} images"
             )
         images_seen, steps = images_seen + count * plan.batch, steps + count
-    return [*(lines or [f"batch: {plans[0]}"]), f"steps: {steps}"]
+    return [*(lines or [f"batch: {plans[0]}"]), f"steps: {steps}, {images_seen} images"]

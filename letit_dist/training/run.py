@@ -63,16 +63,20 @@ def _lock(folder: Path) -> None:
     _HELD[folder.resolve()] = handle
 
 
-def open_run(folder: Path, config: StrictConfig) -> None:
-    """Claim `folder` for this configuration (main process only).
+def require_claimable(folder: Path, config: StrictConfig) -> None:
+    """UserError where `folder` is not free for this configuration, or cannot be made; nothing is written.
 
-    The same configuration again resumes; another one is a UserError that lists the differences and touches
-    nothing.
+    The same configuration again resumes; another one is refused with the differences.
     """
     path = folder / "config.yaml"
     tree = as_tree(config)
-    if folder.exists() and not folder.is_dir():
+    there = nearest(folder)
+    if there == folder and not folder.is_dir():
         raise UserError(f"{folder} is a file, expected a run folder")
+    if not there.is_dir():
+        raise UserError(f"cannot write into the run folder {folder}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into the run folder {folder}: {there} is not yours to write into")
     if path.exists():
         try:
             saved = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -90,6 +94,17 @@ def open_run(folder: Path, config: StrictConfig) -> None:
             )
     elif folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
         raise UserError(f"{folder} is not empty and is no run folder (no config.yaml): name another with --run")
+
+
+def nearest(folder: Path) -> Path:
+    """`folder`, or what there is of the path to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def open_run(folder: Path, config: StrictConfig) -> None:
+    """Claim `folder` for this configuration (main process only); refuses what `require_claimable` does."""
+    require_claimable(folder, config)
+    path = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)

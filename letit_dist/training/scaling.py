@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from letit_dist.recipes.base import Batch, Level, Recipe
 from letit_dist.schemas import PretrainConfig
+from letit_dist.training.exchange import exchanged_bytes
 from letit_dist.training.optim import require_gradients
 
 _COUNTED = 2  # images of the pass that is counted
@@ -37,6 +38,14 @@ class PhaseCost:
     name: str
     operations: float  # an image, forward and backward: a multiplication with its addition counts as two
     gradients: int  # bytes of the gradients that ranks exchange, once a step
+    buckets: float = 1  # in which they go out, each a collective
+    sums: float = 0  # bytes of the one exchange beside them: losses, flags, after the last phase the recipe's sums
+    every: int = 1  # batches from one turn of this phase to the next
+
+    @property
+    def collectives(self) -> float:
+        """A step's, in the mean."""
+        return self.buckets + 1 / self.every
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def step_costs(build: Callable[[], Recipe], config: PretrainConfig, levels: Sequ
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         recipe = build()
-    recipe.eval()  # codebook statistics read numbers, and there are none
+    recipe.train()  # with all that is summed over the ranks
     wide = 8 if config.training.precision == "fp64" else 4
     groups = recipe.parameter_groups()
     costs: list[list[PhaseCost]] = []
@@ -96,38 +105,43 @@ def step_costs(build: Callable[[], Recipe], config: PretrainConfig, levels: Sequ
             with mode, _Operations() as counter:
                 recipe(phase.name, batch).loss.backward()
             recipe.zero_grad(set_to_none=True)
-            gradients = exchanged((wide * p.numel(), p.requires_grad) for p in recipe.parameters())
+            gradients, buckets = exchanged((wide * p.numel(), p.requires_grad) for p in recipe.parameters())
+            sums = exchanged_bytes(recipe.sums() if phase is recipe.phases[-1] else [])
             operations = counter.total / _COUNTED / phase.every
-            costs[-1].append(PhaseCost(phase.name, operations, gradients // phase.every))
+            shares = (gradients // phase.every, buckets / phase.every, sums / phase.every)
+            costs[-1].append(PhaseCost(phase.name, operations, *shares, phase.every))
+        recipe.discard()
     return costs
 
 
-def exchanged(parameters: Iterable[tuple[int, bool]]) -> int:
-    """Bytes that DDP exchanges of gradients given as (bytes, used), in the order in which it wraps their parameters.
+def exchanged(parameters: Iterable[tuple[int, bool]]) -> tuple[int, int]:
+    """Bytes and buckets that DDP exchanges of gradients given as (bytes, used), in the order in which it wraps their
+    parameters.
 
     It fills one bucket after the other, and a bucket goes out whole if any of it is used
     (`letit_dist.training.setup.exchange_used_gradients`).
     """
     first, limit = _BUCKETS
-    total = held = 0
+    total = buckets = held = 0
     needed = False
     closes = first
     for size, used in parameters:
         held += size
         needed |= used
         if held >= closes:
-            total += held * needed
+            total, buckets = total + held * needed, buckets + needed
             held, needed, closes = 0, False, limit
-    return total + held * needed
+    return total + held * needed, buckets + needed
 
 
 def efficiency(costs: Sequence[PhaseCost], batch: int, ranks: int, cluster: Cluster) -> Efficiency:
-    """A step of `batch` images on `ranks`; each phase ends with one ring all-reduce of its gradients."""
+    """A step of `batch` images on `ranks`: for each phase a ring all-reduce of every bucket of its gradients, and the
+    one of what ranks tell each other beside them (`letit_dist.training.exchange`)."""
     images = batch // ranks
     compute = sum(cost.operations for cost in costs) * images / cluster.operations
     rate = cluster.inside if ranks <= cluster.machine else cluster.between
     exchange = 0.0
     if ranks > 1:
-        moved = 2 * (ranks - 1) / ranks * sum(cost.gradients for cost in costs)
-        exchange = moved / rate + len(costs) * cluster.latency * (ranks - 1).bit_length()
+        moved = 2 * (ranks - 1) / ranks * sum(cost.gradients + cost.sums for cost in costs)
+        exchange = moved / rate + sum(cost.collectives for cost in costs) * cluster.latency * (ranks - 1).bit_length()
     return Efficiency(ranks, images, compute, exchange)

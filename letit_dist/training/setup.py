@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -62,10 +63,7 @@ def create_accelerator(
 
     Mixed precision is never delegated: under DDP it would mean autocast and under DeepSpeed cast parameters.
     """
-    # accelerate would leave out in silence what is not installed.
-    missing = [name for name in trackers if not _installed(name)]
-    if missing:
-        raise UserError(f"training.trackers: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
+    require_trackers(trackers)
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     on_cpu = _on_cpu()
     # Buffers (codebooks, running means) are equal by construction; a broadcast a step would hide it if not.
@@ -120,6 +118,13 @@ def join_ranks(timeout: float = 7 * 86_400.0) -> tuple[int, int, torch.device, C
 def _installed(tracker: str) -> bool:
     names = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
     return any(importlib.util.find_spec(name) for name in names)
+
+
+def require_trackers(trackers: Sequence[str]) -> None:
+    """UserError for those that are not installed: accelerate would leave them out in silence."""
+    missing = [name for name in trackers if not _installed(name)]
+    if missing:
+        raise UserError(f"training.trackers: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
 
 
 def begin_trackers(accelerator: Accelerator, run: Path, images_seen: int) -> None:
@@ -199,11 +204,25 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def configure_deepspeed(
-    accelerator: Accelerator, plan: BatchPlan, training: TrainingConfig, *, several_phases: bool, inner_gradients: bool
+def read_deepspeed(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON, or a UserError."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}: expected a DeepSpeed JSON, as in launch/deepspeed/"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def require_usable_deepspeed(
+    config: Mapping[str, Any], training: TrainingConfig, *, several_phases: bool, inner_gradients: bool
 ) -> None:
-    """Fill in what only the run knows, and refuse what would change its result in silence."""
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    """Refuse what in a DeepSpeed JSON would change a run's result in silence."""
     if "gradient_clipping" not in config:
         raise UserError("the DeepSpeed JSON has no gradient_clipping: write 0.0, without it DeepSpeed clips at 1.0")
     low = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
@@ -228,10 +247,18 @@ def configure_deepspeed(
         )
     if zero.get("offload_param", {}).get("device", "none") != "none":
         raise UserError("the DeepSpeed JSON offloads parameters: the networks are small, remove offload_param")
-    # Without it accelerate replaces the optimiser by DeepSpeed's own, with other betas and eps.
-    config["zero_force_ds_cpu_optimizer"] = False
     if training.precision == "fp64":
         raise UserError("training.precision: fp64 is for equality checks under DDP, DeepSpeed does not offer it")
+
+
+def configure_deepspeed(
+    accelerator: Accelerator, plan: BatchPlan, training: TrainingConfig, *, several_phases: bool, inner_gradients: bool
+) -> None:
+    """Fill in what only the run knows; refuses what `require_usable_deepspeed` does."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    require_usable_deepspeed(config, training, several_phases=several_phases, inner_gradients=inner_gradients)
+    # Without it accelerate replaces the optimiser by DeepSpeed's own, with other betas and eps.
+    config["zero_force_ds_cpu_optimizer"] = False
     config.pop("train_batch_size", None)
     config["train_micro_batch_size_per_gpu"] = plan.microbatch
     config["gradient_accumulation_steps"] = plan.accumulation

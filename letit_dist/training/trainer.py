@@ -24,8 +24,8 @@ from letit_dist.schemas import IntervalsConfig, TrainingConfig
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
 from letit_dist.training.ends import StopSignals, why_it_ended
-from letit_dist.training.exchange import Exchange, unusable
-from letit_dist.training.feeds import Feed
+from letit_dist.training.exchange import FLAGS, Exchange, unusable
+from letit_dist.training.feeds import PREVIEW, Feed
 from letit_dist.training.metrics import Means, StatsFile
 from letit_dist.training.optim import activate, build_optimizer, forget_gradients, move, require_gradients
 from letit_dist.training.plan import BatchPlan, plan_batches
@@ -62,7 +62,7 @@ class Trainer:
         training: TrainingConfig,
         intervals: IntervalsConfig,
         max_bad_fraction: float = 1.0,
-        preview: int = 8,
+        preview: int = PREVIEW,
         origin: dict[str, str] | None = None,
     ):
         self.accelerator = accelerator
@@ -110,7 +110,7 @@ class Trainer:
         self._saved_at = -1
         self._batch_start = 0
         self._signals = StopSignals()
-        self._agreed = [0.0, 0.0, 0.0]  # over all ranks: asked to stop, bad samples of this batch, failed saves
+        self._agreed = [0.0] * FLAGS  # over all ranks: asked to stop, bad samples of this batch, failed saves
         self._doing = "before the first batch"
         self._preview: Batch | None = None
         self._preview_count = preview
@@ -124,7 +124,8 @@ class Trainer:
         except RuntimeError as error:
             where = f"{self._doing} at {self.images_seen} images"
             goes_on = f"{self._saved}, the same command continues from there"
-            line = why_it_ended(error, self.accelerator.num_processes, where, goes_on)
+            place = self.accelerator.process_index, self.accelerator.num_processes
+            line = why_it_ended(error, *place, where, goes_on)
             if line is None:
                 raise
             raise UserError(line) from error
@@ -378,13 +379,10 @@ class Trainer:
             tensors = {"model": self.recipe.state_dict(), "optimizer": self.state.optimizer_tensors(keep=self.is_main)}
             if self.average:
                 tensors["average"] = self.average.module.state_dict()
-            self.store.save(
-                self.images_seen,
-                tensors,
-                state,
-                is_main=self.is_main,
-                barrier=self.accelerator.wait_for_everyone,
-                background=background,
+            # What goes wrong here ends all ranks at once: nobody else would tell those that do not write.
+            main_decides(
+                self.accelerator,
+                lambda: str(self.store.save(self.images_seen, tensors, state, background=background)),
             )
         self._saved_at = self.images_seen
 
