@@ -20,11 +20,11 @@ Any key of the configuration can be given as key=value; --check shows what would
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from letit_dist import cards
 from letit_dist.errors import UserError, reports_errors
 
 
@@ -36,6 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="show configuration, batches, memory and disk, and exit")
     parser.add_argument("--ranks", type=int, help="--check: as if launched with so many ranks")
     parser.add_argument("--zero", action="store_true", help="--check: with ZeRO, which shards the optimiser's state")
+    cards.add_options(parser)
     args = parser.parse_intermixed_args(argv)
     if not args.check and args.run is None:
         parser.error("--run is required (or --check)")
@@ -55,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(PretrainConfig, args.config, args.overrides)
 
     from letit_dist.autoencoders.base import Autoencoder, build_autoencoder
-    from letit_dist.cards import Card
     from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
     from letit_dist.training.feeds import ImageFeed
@@ -136,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer.say(f"batch: {plans[0]}")
     code = trainer.train()
     if code == 0:
-        command = f"python {shlex.join(['launch/pretrain.py', *(sys.argv[1:] if argv is None else argv)])}"
-        export(trainer, card=Card(data=", ".join(config.data.train), command=command))
+        card = cards.Card(args.data, args.licence, cards.command_line("launch/pretrain.py", argv))
+        export(trainer, card, data=", ".join(config.data.train))
     accelerator.end_training()
     return code
 

@@ -19,6 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from letit_dist import cards
 from letit_dist.errors import UserError, reports_errors
 
 
@@ -28,6 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.batch=16")
     parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
     parser.add_argument("--check", action="store_true", help="print the resolved configuration and exit")
+    cards.add_options(parser)
     args = parser.parse_intermixed_args(argv)
     if not args.check and args.run is None:
         parser.error("--run is required (or --check)")
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.autoencoders.base import load_autoencoder
     from letit_dist.data.latents import LatentSet
     from letit_dist.energy.baselines import MeanShift
-    from letit_dist.energy.models import build_energy, conditions_of
+    from letit_dist.energy.models import build_energy, conditions_of, load_energy
     from letit_dist.evaluation.latents import all_latents, compare, measure_unit
     from letit_dist.evaluation.tables import markdown
     from letit_dist.pretrained import find_folder
@@ -113,15 +115,23 @@ def main(argv: list[str] | None = None) -> int:
     code = trainer.train()
     if code == 0:
         ends = {"domains": feed.names} if config.data.domains else {"source": feed.names[0], "target": feed.names[1]}
-        export(trainer, autoencoder_fingerprint=fingerprint, **ends)
+        names = zip(feed.names, sides, config.data.folders, strict=True)
+        made_of = ", ".join(f"{name} ({len(side)} latents, {folder})" for name, side, folder in names)
+        card = cards.Card(args.data, args.licence, cards.command_line("launch/train_energy.py", argv))
+        folder = export(trainer, card, data=made_of, autoencoder_fingerprint=fingerprint, **ends)
+        metrics: dict[str, float] = {}
         with trainer.whole_trained() as trained:
             assert isinstance(trained, LatentEnergyRecipe)
             for direction, (source, target) in zip(trained.directions(), feed.pairs, strict=True):
                 if not trainer.is_main:
                     break
                 starts, goals = (all_latents(autoencoder, sides[side], most=512) for side in (source, target))
-                print(f"{feed.names[source]} to {feed.names[target]}")
-                print(markdown(compare(direction.energy, direction.methods, starts, goals, unit)))
+                way = f"{feed.names[source]} to {feed.names[target]}"
+                rows = compare(direction.energy, direction.methods, starts, goals, unit)
+                metrics |= {f"{way}: kernel distance, {row['method']}": row["kernel_distance"] for row in rows}
+                print(f"{way}\n{markdown(rows)}")
+        if trainer.is_main:
+            load_energy(folder).add_metrics(folder, metrics)
     accelerator.end_training()
     return code
 

@@ -23,8 +23,10 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from letit_dist import cards
 from letit_dist.errors import UserError, reports_errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--enlarge", action="store_true", help="take pictures smaller than the autoencoder's images")
     parser.add_argument("--limit", type=int, default=64, metavar="N", help="translate at most so many (64)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="for each program (4; GPU: 80 %% of what is free)")
+    cards.add_options(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -65,6 +68,8 @@ def commands(args: argparse.Namespace, names: list[str], resolution: int) -> lis
         steps.append((f"encoding {name}", ["launch/encode_latents.py", *autoencoder, *places, *flip, *memory]))
     data = [f"data.{side}={out / 'latents' / name}" for side, name in zip(("source", "target"), names, strict=True)]
     learn = ["launch/train_energy.py", args.config, "--run", out / "energy", f"autoencoder={args.autoencoder}", *data]
+    learn += ["--data", args.data or f"{names[0]} and {names[1]}, two folders of pictures"]
+    learn += [] if args.licence is None else ["--licence", args.licence]
     steps.append((f"learning the energy from {names[0]} to {names[1]}", [*learn, *args.overrides]))
     pictures = args.test or out / "shards" / names[0] / "test"
     translate = ["launch/translate.py", pictures, "--energy", out / "energy", "--out", out / "translated", "--sheet"]
@@ -106,7 +111,6 @@ def main(argv: list[str] | None = None) -> int:
     places[-1] += "y"  # the two must differ
     load_config(TrainEnergyConfig, args.config, [*places, *args.overrides])  # a misspelt key must not wait for step 5
     from letit_dist.autoencoders.base import load_autoencoder
-    from letit_dist.cards import Card
     from letit_dist.energy.translate import Translator
 
     resolution = load_autoencoder(args.autoencoder).config.resolution
@@ -123,13 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         if code:
             print(f"stopped in step {number}: the same command continues there", file=sys.stderr)
             return code
-    card = Card(
-        data=f"{names[0]} and {names[1]}, two folders of pictures",
-        command=f"python {shlex.join(['launch/transfer.py', *(sys.argv[1:] if argv is None else argv)])}",
-    )
-    Translator.from_pretrained(args.out / "energy").save_pretrained(
-        args.out / "translator", card=card, with_autoencoder=True
-    )
+    translator = Translator.from_pretrained(args.out / "energy")
+    assert translator.energy.card is not None
+    card = replace(translator.energy.card, command=cards.command_line("launch/transfer.py", argv))
+    translator.save_pretrained(args.out / "translator", card=card, with_autoencoder=True)
     shares = ", ".join(f"{stage} {clock:.0f} ({processor:.0f})" for stage, (clock, processor) in took.items())
     print(f"\ndone in {time.monotonic() - begun:.0f} s, by step (and of processor time): {shares}")
     print(f"look at:  {args.out / 'translated/sheets'}\nuse:      {args.out / 'translator'}")

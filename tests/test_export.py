@@ -21,6 +21,9 @@ FILES = {
 }
 
 
+AT = ("--resolution", 64)
+
+
 def run(*arguments):
     return export.main([str(argument) for argument in arguments])
 
@@ -90,7 +93,17 @@ def test_pixels_as_latents(tmp_path):
         (("--from", "identity", "x", "--resolution", "8"), "--from identity reads no file: leave it out"),
         (("--to", "alae", "x", "--weights", "average"), "--weights has no effect with --to alae"),
         (("--from", "energy", "x.pt", "--steps", "3"), "--from energy needs --step-size"),
-        (("--from", "beta_vae", "nowhere.pt"), "no such file: nowhere.pt"),
+        (("--from", "beta_vae", "nowhere.pt"), "no such file: nowhere.pt, expected a file of torch.save"),
+        (("--from", "taesd", "taef2", *AT), "no such file: taef2, expected a folder with one file called *encoder*"),
+        (("--from", "diffusers", "sd/vae", *AT), "no such folder: sd/vae, expected a folder with config.json"),
+        (
+            ("--from", "diffusers", "sd/vae", *AT),
+            "fetch it from the Hub: run `hf download sd/vae --local-dir models/vae`",
+        ),
+        (
+            ("--from", "energy", "x.pt", "--steps", 1, "--step-size", 1, "--autoencoder", "a"),
+            "no such file: x.pt, expected a .pt file of torch.save with the energy's",
+        ),
         (("--from", "beta_vae", GOLDEN / "betavae_checkpoint.pt", "--variant", "x"), "unknown variant 'x'"),
     ],
 )

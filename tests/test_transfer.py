@@ -5,10 +5,12 @@ import re
 import foreign_autoencoders as foreign
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 from programs import files, run
 
 import letit_dist
+from letit_dist.cards import Card
 from letit_dist.data.index import Index
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.synthetic import fruit
@@ -39,7 +41,7 @@ def folders(tmp_path_factory):
 
 def transfer(folders, out, *more):
     places = (folders / "apple", folders / "orange", "--autoencoder", folders / "autoencoder", "--out", out)
-    return run("launch/transfer.py", *places, "--holdout", 5, "--flip", *more, *TINY)
+    return run("launch/transfer.py", *places, "--holdout", 5, "--flip", "--licence", "cc0-1.0", *more, *TINY)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,14 @@ def test_the_translator_folder_stands_alone(finished, folders):
     assert np.array_equal(np.asarray(picture), np.asarray(Image.open(out / "translated/04.png")))
     card = (out / "translator/README.md").read_text()
     assert "apple to orange" in card and "python launch/transfer.py" in card and "--holdout 5" in card
+    front = ModelCard.load(out / "translator/README.md").data.to_dict()
+    assert front["license"] == "cc0-1.0" and "## Licence\n\ncc0-1.0" in card
+    assert front["letit_dist"]["data"] == "apple and orange, two folders of pictures"
+    assert front["letit_dist"]["metrics"]["apple to orange: kernel distance, target itself"] < 1
+    inside = Card.read(out / "translator/energies/apple2orange")
+    assert inside.licence == "cc0-1.0" and inside.command.startswith("python launch/train_energy.py")
+    assert inside.metrics == front["letit_dist"]["metrics"] and inside.data == front["letit_dist"]["data"]
+    assert "not stated" in (out / "translator/autoencoder/README.md").read_text()  # nobody said it of that one
     assert translator.energy.extra["images_seen"] == 64
 
 
