@@ -5,6 +5,7 @@ import re
 import foreign_autoencoders as foreign
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from programs import files, run
@@ -14,6 +15,7 @@ from letit_dist.cards import Card
 from letit_dist.data.index import Index
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.synthetic import fruit
+from letit_dist.interchange.kinds import import_autoencoder
 
 TINY = (
     "energy.multiplier=1",
@@ -93,6 +95,40 @@ def test_the_translator_folder_stands_alone(finished, folders):
     assert translator.energy.extra["images_seen"] == 64
 
 
+@pytest.mark.parametrize("kind", ["taesd", "diffusers"])
+def test_published_files_need_no_other_command(folders, tmp_path, kind):
+    published = tmp_path / "theirs"
+    if kind == "taesd":
+        foreign.publish(foreign.taesd("taesd"), published, "pth")
+    else:
+        diffusers = pytest.importorskip("diffusers")
+        torch.manual_seed(0)
+        diffusers.AutoencoderKL(
+            block_out_channels=(4, 4),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            norm_num_groups=2,
+        ).save_pretrained(published)
+    (published / "LICENSE").write_text("MIT License\n\nCopyright")
+
+    def call(*more):
+        places = (folders / "apple", folders / "orange", "--autoencoder", published, "--out", tmp_path / "out")
+        return run("launch/transfer.py", *places, "--holdout", 5, *more, *TINY)
+
+    done = call()
+    assert done.code == 2 and "give --resolution" in done.err and not (tmp_path / "out").exists()
+    done = call("--resolution", 64)
+    assert done.code == 0, done.err
+    assert "== 1/7 reading the autoencoder" in done.out and f"--from {kind} {published} --resolution 64" in done.out
+    translator = letit_dist.Translator.from_pretrained(tmp_path / "out/translator")
+    wanted = import_autoencoder(kind, published, resolution=64).fingerprint()
+    assert translator.autoencoder.fingerprint() == wanted and translator.autoencoder.card.licence == "mit"
+    again = call("--resolution", 64, "--limit", 1)
+    assert again.code == 0 and "== 1/6 packing" in again.out, again.err
+    other = call("--resolution", 32)
+    assert other.code == 2 and "for another --resolution: name another --out" in other.err
+
+
 def test_the_same_command_continues(finished, folders, tmp_path):
     import shutil
 
@@ -123,6 +159,7 @@ def test_a_step_that_fails_ends_it(finished, folders):
         (("--names", "a", "b/c"), "--names 'b/c': a name, not a path"),
         (("--test", "nowhere"), "--test nowhere: no such folder"),
         (("--limit", "0"), "--limit must be at least 1"),
+        (("--resolution", "64"), "which is for images of 64 pixels: leave it out"),
     ],
 )
 def test_bad_input_is_seen_before_the_first_step(folders, tmp_path, more, message):
