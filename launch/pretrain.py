@@ -6,12 +6,14 @@
 
     python launch/pretrain.py configs/debug/vqvae2.yaml --run runs/try training.images=64000 data.train=[shards/a]
 
-start_from=FOLDER (of weights, a run, or an id on the Hub) begins with those weights in place of random ones, to
-fine-tune them on other images: configs/pretrain/finetune_apple2orange_vqvae2.yaml.
+start_from=FOLDER (of weights, a run, or an id on the Hub, owner/name) begins with those weights in place of random
+ones, to fine-tune them on other images: configs/pretrain/finetune_apple2orange_vqvae2.yaml.
 
 The same command again resumes from the newest checkpoint in the run folder, after a stop or a kill. SIGTERM,
 SIGUSR1 and Ctrl-C save a checkpoint first (exit code 75). The run folder holds config.yaml, environment.json,
-stats.jsonl, samples/, checkpoints/ and, at the end, export/images-*/ with config.json and model.safetensors.
+stats.jsonl, samples/, checkpoints/ and, at the end, export/images-*/ with config.json, model.safetensors and a card.
+training.trackers=[tensorboard], or [wandb], sends the numbers of stats.jsonl there as well: TensorBoard's files go to
+RUN/tensorboard, Weights & Biases asks for `wandb login` once, or keeps all in RUN/wandb with WANDB_MODE=offline.
 Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing: on a cluster,
 
     python launch/pretrain.py configs/pretrain/ffhq1024_alae.yaml --check --ranks 8 --run runs/ffhq1024_alae

@@ -10,7 +10,10 @@ The latents come from launch/encode_latents.py. The same command again resumes f
 Swap data.source and data.target (and name another run folder) for the other direction; or learn all directions
 between several domains at once (data.domains in place of both, see configs/energy/domains.yaml). The run folder ends
 with export/images-*/: the energy with its chain's settings and its autoencoder's fingerprint.
-Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing.
+Any key of the configuration can be given as key=value; --check shows what would run, and runs nothing. autoencoder=
+takes a folder, a run, or an id on the Hub (owner/name). training.trackers=[tensorboard], or [wandb], sends the numbers
+of stats.jsonl there as well: TensorBoard's files go to RUN/tensorboard, Weights & Biases asks for `wandb login` once,
+or keeps all in RUN/wandb with WANDB_MODE=offline.
 """
 
 from __future__ import annotations

@@ -190,11 +190,11 @@ def test_an_energy_a_direction(chain, direction):
     assert f"{source} (72 latents) to {target} (72 latents); batch: 16 = " in out
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     assert table[0] == ["method", "energy", "kernel_distance", "samples"]
-    assert [row[0] for row in table[2:]] == ["source", "mean shift", "translation", "target itself"]
+    assert [row[0] for row in table[2:]] == ["source", "mean shift", "latent energy", "target itself"]
     assert [row[3] for row in table[2:]] == ["72", "72", "72", "36"]
     energies, distances = ({row[0]: float(row[column]) for row in table[2:]} for column in (1, 2))
-    assert energies["target itself"] < energies["source"] and energies["translation"] < energies["source"]
-    assert distances["translation"] < 0.5 * distances["source"]
+    assert energies["target itself"] < energies["source"] and energies["latent energy"] < energies["source"]
+    assert distances["latent energy"] < 0.5 * distances["source"]
 
 
 def test_both_directions_differ(chain):
@@ -330,7 +330,7 @@ def test_scores(chain, tmp_path):
     assert done.code == 0, done.err
     assert f"sheet: {tmp_path / 'out/translation.png'}" in done.out
     rows = [json.loads(line) for line in (tmp_path / "out/translation.jsonl").read_text().splitlines()]
-    methods = ["real", "reconstruction", "mean shift", "Gaussian transport", "light bridge", "translation"]
+    methods = ["real", "reconstruction", "mean shift", "Gaussian transport", "light bridge", "latent energy"]
     assert [row["method"] for row in rows] == methods
     energy = load_energy(find_folder(chain.energy()))
     for row in rows:
