@@ -16,7 +16,7 @@ trajectories   decoded steps of the chain and their energies (figure 8). Writes 
                animation an image.
 strength       the translation as a dial: at several strengths, where a classifier of latents takes it for the target,
                and with --back there and back, with the cycle error. Writes strength.png, .json.
-compare        source, reconstruction, mean shift, ours, and folders of other people's results (figures 4, 6, 7, 9).
+compare        source, reconstruction, mean shift, latent energy, and other people's results (figures 4, 6, 7, 9).
                Writes compare.png, and compare.html: one page that wipes between the source and each method.
 table3, table5, table6   the paper's numbers, its baselines' and ours: measures what the runs given by --run can tell on
                the sets below --data (packed as in docs/data.md), and keeps it; other cells say not yet measured.

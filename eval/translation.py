@@ -23,7 +23,8 @@ Schroedinger bridge, LightSB), and translated, all on the same latents:
   fit_seconds, seconds, mib  what fitting a baseline took; what moving and decoding all images took; tensors that
                     live at the peak of a batch
 
-One JSON line a method goes to OUT/translation.jsonl, a sheet to OUT/translation.png.
+One JSON line a method goes to OUT/translation.jsonl, the whole table to OUT/translation.md, a sheet to
+OUT/translation.png. What is printed are the columns that tell most. The method itself is called `latent energy`.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     print(result.table())
     for line in notices:
         print(f"notice: {line}", file=sys.stderr)
-    print(f"sheet: {out / 'translation.png'}")
+    print(f"all columns: {out / 'translation.md'}   sheet: {out / 'translation.png'}")
     return 0
 
 

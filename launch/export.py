@@ -33,12 +33,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from letit_dist import cards
 from letit_dist.errors import UserError, reports_errors
-
-if TYPE_CHECKING:
-    from letit_dist.autoencoders.base import Autoencoder
 
 # Options that only some kinds take, when they are read.
 _FROZEN = ("scale", "shift", "tile")
@@ -62,13 +60,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="read", choices=list(_OPTIONS), metavar="KIND", help=", ".join(_OPTIONS))
     way.add_argument("--to", dest="write", choices=_BACK, metavar="KIND", help="back to the published form")
-    parser.add_argument("path", nargs="?", type=Path, help="published file, or with --to a folder or run")
+    parser.add_argument("path", nargs="?", type=Path, help="published file or folder, or with --to a folder or run")
     parser.add_argument("--out", required=True, type=Path, help="new folder, or with --to a new file")
     parser.add_argument("--weights", choices=("average", "training"), help="alae: which of the two sets (average)")
     parser.add_argument("--resolution", type=int, help="side of the images, which no file tells (not for alae)")
-    parser.add_argument("--variant", help="vqvae2: rosinality (default) or letit; beta_vae: 1konny (default) or letit")
+    parser.add_argument(
+        "--variant",
+        help="whose training code wrote the file, which no weights tell. vqvae2: rosinality (default) or letit, whose "
+        "residual skips go through a ReLU; beta_vae: 1konny (default; images in [0, 1]) or letit (in [-1, 1])",
+    )
     parser.add_argument("--key", help="energy: which entry of a file that holds several")
-    parser.add_argument("--autoencoder", help="energy: folder of the autoencoder on whose latents it was trained")
+    parser.add_argument(
+        "--autoencoder",
+        help="energy: the one on whose latents it was trained: a folder, a run, or an id on the Hub (owner/name)",
+    )
     parser.add_argument("--steps", type=int, help="energy: Langevin steps it was trained with")
     parser.add_argument("--step-size", type=float, help="energy: eta of eq. (6), twice the published code's")
     parser.add_argument("--source", help="energy: name of the domain it starts from")
@@ -80,6 +85,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--module", metavar="PACKAGE.MODULE:CLASS", help="custom: what has encode and decode")
     parser.add_argument("--arguments", metavar="JSON", help="custom: what the class is called with ({})")
     parser.add_argument("--images", choices=("signed", "unit"), help="custom: images in [-1, 1] (signed) or [0, 1]")
+    cards.add_options(parser)
+    parser.add_argument(
+        *("--metric",), action="append", metavar="NAME=VALUE", help="for the model card, of a published number; repeats"
+    )
     return parser.parse_args(argv)
 
 
@@ -97,50 +106,45 @@ def check(args: argparse.Namespace) -> None:
         problems.append(
             f"{what} needs the path to read" if args.path is None else f"{what} reads no file: leave it out"
         )
+    if args.write:
+        unused = [name for name in ("data", "licence", "metric") if getattr(args, name) is not None]
+        problems += [f"--{name} has no effect with {what}: leave it out" for name in unused]
+    problems += [f"--metric {text}: expected NAME=VALUE" for text in args.metric or () if not all(text.partition("="))]
     if args.out.exists():
         problems.append(f"--out {args.out} exists: name another")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def read(args: argparse.Namespace) -> None:
+def model_card(args: argparse.Namespace, argv: list[str] | None) -> cards.Card:
+    """What the options say, and what lies beside the published file."""
+    published = None if args.path is None else cards.Card.read(args.path if args.path.is_dir() else args.path.parent)
+    licence = args.licence or (None if args.path is None else cards.licence_beside(args.path))
+    if licence is None:
+        print("licence: not stated (--licence), and none beside the file", file=sys.stderr)
+    metrics = {name: value for name, _, value in (text.partition("=") for text in args.metric or ())}
+    data = args.data or (None if published is None else published.data)
+    return cards.Card(data, licence, cards.command_line("launch/export.py", argv), metrics)
+
+
+def read(args: argparse.Namespace, card: cards.Card) -> None:
     """A published file to a folder."""
     options = {name: value for name in _OPTIONS[args.read] if (value := getattr(args, name)) is not None}
     if args.read == "energy":
-        read_energy(args)
+        read_energy(args, card)
         return
-    model: Autoencoder
-    if args.read == "alae":
-        from letit_dist.interchange.alae import import_alae
+    from letit_dist.interchange.kinds import import_autoencoder
 
-        model = import_alae(args.path, **options)
-    elif args.read == "vqvae2":
-        from letit_dist.interchange.vqvae2 import import_vqvae2
-
-        model = import_vqvae2(args.path, **options)
-    elif args.read == "beta_vae":
-        from letit_dist.interchange.beta_vae import import_beta_vae
-
-        model = import_beta_vae(args.path, **options)
-    elif args.read == "taesd":
-        from letit_dist.interchange.taesd import import_taesd
-
-        model = import_taesd(args.path, **options)
-    elif args.read == "diffusers":
-        from letit_dist.interchange.diffusers_models import import_diffusers
-
-        model = import_diffusers(args.path, **options)
-    elif args.read == "custom":
-        from letit_dist.interchange.custom import import_custom
-
-        model = import_custom(args.path, **{**options, **read_arguments(args.arguments)})
-    else:
+    if args.read == "identity":
         from letit_dist.autoencoders.base import build_autoencoder
         from letit_dist.autoencoders.identity import IdentityConfig
         from letit_dist.config import parse_config
 
         model = build_autoencoder(parse_config(IdentityConfig, {"kind": "identity", **options}))
-    model.save_pretrained(args.out, **({} if args.path is None else {"published": args.path.name}))
+    else:
+        arguments = read_arguments(args.arguments) if args.read == "custom" else {}
+        model = import_autoencoder(args.read, args.path, **{**options, **arguments})
+    model.save_pretrained(args.out, card=card, **({} if args.path is None else {"published": args.path.name}))
     print(f"{args.out}: autoencoder {model.fingerprint()}, latents {model.latent_shape}")
 
 
@@ -155,14 +159,16 @@ def read_arguments(text: str | None) -> dict[str, Any]:
     return {"arguments": found}
 
 
-def read_energy(args: argparse.Namespace) -> None:
+def read_energy(args: argparse.Namespace, card: cards.Card) -> None:
     """A published energy to a folder that a translator can open."""
     from letit_dist.autoencoders.base import load_autoencoder
     from letit_dist.config import as_tree, parse_config
     from letit_dist.energy.langevin import LangevinConfig
     from letit_dist.interchange.energy import import_energy
+    from letit_dist.interchange.kinds import check_path
     from letit_dist.pretrained import find_folder
 
+    check_path("energy", args.path)
     chain = parse_config(LangevinConfig, {"steps": args.steps, "step_size": args.step_size})
     energy = import_energy(args.path, key=args.key)
     autoencoder = load_autoencoder(find_folder(args.autoencoder))
@@ -174,6 +180,7 @@ def read_energy(args: argparse.Namespace) -> None:
     ends = {name: value for name in ("source", "target") if (value := getattr(args, name)) is not None}
     energy.save_pretrained(
         args.out,
+        card=card,
         autoencoder_fingerprint=autoencoder.fingerprint(),
         langevin=as_tree(chain),
         published=args.path.name,
@@ -215,7 +222,7 @@ def write(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     check(args)
-    read(args) if args.read else write(args)
+    read(args, model_card(args, argv)) if args.read else write(args)
     return 0
 
 

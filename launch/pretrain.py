@@ -6,12 +6,14 @@
 
     python launch/pretrain.py configs/debug/vqvae2.yaml --run runs/try training.images=64000 data.train=[shards/a]
 
-start_from=FOLDER (of weights, a run, or an id on the Hub) begins with those weights in place of random ones, to
-fine-tune them on other images: configs/pretrain/finetune_apple2orange_vqvae2.yaml.
+start_from=FOLDER (of weights, a run, or an id on the Hub, owner/name) begins with those weights in place of random
+ones, to fine-tune them on other images: configs/pretrain/finetune_apple2orange_vqvae2.yaml.
 
 The same command again resumes from the newest checkpoint in the run folder, after a stop or a kill. SIGTERM,
 SIGUSR1 and Ctrl-C save a checkpoint first (exit code 75). The run folder holds config.yaml, environment.json,
-stats.jsonl, samples/, checkpoints/ and, at the end, export/images-*/ with config.json and model.safetensors.
+stats.jsonl, samples/, checkpoints/ and, at the end, export/images-*/ with config.json, model.safetensors and a card.
+training.trackers=[tensorboard], or [wandb], sends the numbers of stats.jsonl there as well: TensorBoard's files go to
+RUN/tensorboard, Weights & Biases asks for `wandb login` once, or keeps all in RUN/wandb with WANDB_MODE=offline.
 Any key of the configuration can be given as key=value; --check runs nothing and writes nothing: it refuses what would
 refuse the run later, and says what each rank and the disk will hold. Before the data are packed, and for 8 ranks:
 
@@ -22,11 +24,11 @@ refuse the run later, and says what each rank and the disk will hold. Before the
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from letit_dist import cards
 from letit_dist.errors import UserError, reports_errors
 from letit_dist.training.check_options import add_check_options, require_check_options
 
@@ -37,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.batch=64")
     parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
     add_check_options(parser)
+    cards.add_options(parser)
     args = parser.parse_intermixed_args(argv)
     require_check_options(parser, args)
     return args
@@ -51,7 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(PretrainConfig, args.config, args.overrides)
 
     from letit_dist.autoencoders.base import Autoencoder, build_autoencoder
-    from letit_dist.cards import Card
     from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
     from letit_dist.training.feeds import open_images
@@ -120,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer.say(f"batch: {plans[0]}")
     code = trainer.train()
     if code == 0:
-        command = f"python {shlex.join(['launch/pretrain.py', *(sys.argv[1:] if argv is None else argv)])}"
-        export(trainer, card=Card(data=", ".join(config.data.train), command=command))
+        card = cards.Card(args.data, args.licence, cards.command_line("launch/pretrain.py", argv))
+        export(trainer, card, data=", ".join(config.data.train))
     accelerator.end_training()
     return code
 

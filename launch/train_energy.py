@@ -12,6 +12,9 @@ between several domains at once (data.domains in place of both, see configs/ener
 with export/images-*/: the energy with its chain's settings and its autoencoder's fingerprint.
 Any key of the configuration can be given as key=value; --check runs nothing and writes nothing: it refuses what
 would refuse the run later, and says what each rank and the disk will hold (--check --ranks 8).
+autoencoder= takes a folder, a run, or an id on the Hub (owner/name). training.trackers=[tensorboard], or [wandb], sends
+the numbers of stats.jsonl there as well: TensorBoard's files go to RUN/tensorboard, Weights & Biases asks for
+`wandb login` once, or keeps all in RUN/wandb with WANDB_MODE=offline.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from letit_dist import cards
 from letit_dist.errors import UserError, reports_errors
 from letit_dist.training.check_options import add_check_options, require_check_options
 
@@ -30,6 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.batch=16")
     parser.add_argument("--run", type=Path, help="run folder, new or to be resumed")
     add_check_options(parser)
+    cards.add_options(parser)
     args = parser.parse_intermixed_args(argv)
     require_check_options(parser, args)
     return args
@@ -46,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.autoencoders.base import load_autoencoder
     from letit_dist.data.latents import LatentSet
     from letit_dist.energy.baselines import MeanShift
-    from letit_dist.energy.models import build_energy, conditions_of
+    from letit_dist.energy.models import build_energy, conditions_of, load_energy
     from letit_dist.evaluation.latents import all_latents, compare, measure_unit
     from letit_dist.evaluation.tables import markdown
     from letit_dist.hub import is_hub_id
@@ -124,15 +129,23 @@ def main(argv: list[str] | None = None) -> int:
     code = trainer.train()
     if code == 0:
         ends = {"domains": feed.names} if config.data.domains else {"source": feed.names[0], "target": feed.names[1]}
-        export(trainer, autoencoder_fingerprint=fingerprint, **ends)
+        names = zip(feed.names, sides, config.data.folders, strict=True)
+        made_of = ", ".join(f"{name} ({len(side)} latents, {folder})" for name, side, folder in names)
+        card = cards.Card(args.data, args.licence, cards.command_line("launch/train_energy.py", argv))
+        folder = export(trainer, card, data=made_of, autoencoder_fingerprint=fingerprint, **ends)
+        metrics: dict[str, float] = {}
         with trainer.whole_trained() as trained:
             assert isinstance(trained, LatentEnergyRecipe)
             for direction, (source, target) in zip(trained.directions(), feed.pairs, strict=True):
                 if not trainer.is_main:
                     break
                 starts, goals = (all_latents(autoencoder, sides[side], most=512) for side in (source, target))
-                print(f"{feed.names[source]} to {feed.names[target]}")
-                print(markdown(compare(direction.energy, direction.methods, starts, goals, unit)))
+                way = f"{feed.names[source]} to {feed.names[target]}"
+                rows = compare(direction.energy, direction.methods, starts, goals, unit)
+                metrics |= {f"{way}: kernel distance, {row['method']}": row["kernel_distance"] for row in rows}
+                print(f"{way}\n{markdown(rows)}")
+        if trainer.is_main:
+            load_energy(folder).add_metrics(folder, metrics)
     accelerator.end_training()
     return code
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Two folders of pictures and somebody's frozen autoencoder in, a sheet of translations out: no pretraining.
 
-    python launch/export.py --from taesd taef2/ --resolution 64 --out models/taef2
-    python launch/transfer.py photos/cats photos/dogs --autoencoder models/taef2 --out runs/cats2dogs
-    python launch/transfer.py photos/cats photos/dogs --autoencoder models/taef2 --out runs/cats2dogs \\
+    python launch/transfer.py photos/cats photos/dogs --autoencoder taef2/ --resolution 64 --out runs/cats2dogs
+    python launch/transfer.py photos/cats photos/dogs --autoencoder runs/backbone --out runs/cats2dogs \\
         --test photos/new training.images=25_600
+
+--autoencoder is a folder of ours (launch/export.py makes one), a run, an id on the Hub, or a folder as it was
+published: the two files of taesd, taesdxl, taesd3, taef1 or taef2, or what diffusers saves, with --resolution.
 
 It calls the programs of the other pages, one after the other, and prints each command before it runs: pack both
 folders at the autoencoder's resolution (all but --holdout pictures of each), encode them once, learn the energy, and
@@ -23,8 +25,10 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from letit_dist import cards
 from letit_dist.errors import UserError, reports_errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +39,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", type=Path, metavar="A_DIR", help="folder of pictures to translate from")
     parser.add_argument("target", type=Path, metavar="B_DIR", help="folder of pictures to translate to")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the configuration")
-    parser.add_argument("--autoencoder", required=True, help="its folder, a run, or an id on the Hub")
+    parser.add_argument(
+        "--autoencoder", required=True, help="its folder, a run, an id on the Hub (owner/name), or a published folder"
+    )
+    parser.add_argument("--resolution", type=int, help="side of the images that a published autoencoder shall take")
     parser.add_argument("--out", required=True, type=Path, help="folder for all that is made")
     parser.add_argument(
         "--config", type=Path, default=ROOT / "configs/energy/transfer.yaml", help="configs/energy/transfer.yaml"
@@ -47,14 +54,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--enlarge", action="store_true", help="take pictures smaller than the autoencoder's images")
     parser.add_argument("--limit", type=int, default=64, metavar="N", help="translate at most so many (64)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="for each program (4; GPU: 80 %% of what is free)")
+    cards.add_options(parser)
     return parser.parse_intermixed_args(argv)
 
 
-def commands(args: argparse.Namespace, names: list[str], resolution: int) -> list[tuple[str, list[str]]]:
-    """(title, command) of each step, without the interpreter."""
+def commands(
+    args: argparse.Namespace, names: list[str], resolution: int, published: str | None
+) -> list[tuple[str, list[str]]]:
+    """(title, command) of each step, without the interpreter; `published` is the kind of the autoencoder's files."""
     out, memory = args.out, [] if args.memory is None else ["--memory", f"{args.memory:g}"]
-    autoencoder = ["--autoencoder", args.autoencoder]
+    autoencoder = ["--autoencoder", out / "autoencoder" if published else args.autoencoder]
     steps: list[tuple[str, list[str]]] = []
+    if published and not (out / "autoencoder").exists():
+        options = ["--resolution", resolution, "--out", out / "autoencoder"]
+        steps.append(("reading the autoencoder", ["launch/export.py", "--from", published, args.autoencoder, *options]))
     for name, folder in zip(names, (args.source, args.target), strict=True):
         pack = ["shards/pack.py", folder, "--out", out / "shards" / name, "--resolution", resolution, "--domain", name]
         pack += ["--layout", "folder", "--holdout", args.holdout, *(["--enlarge"] if args.enlarge else [])]
@@ -64,7 +77,9 @@ def commands(args: argparse.Namespace, names: list[str], resolution: int) -> lis
         flip = ["--flip"] if args.flip else []
         steps.append((f"encoding {name}", ["launch/encode_latents.py", *autoencoder, *places, *flip, *memory]))
     data = [f"data.{side}={out / 'latents' / name}" for side, name in zip(("source", "target"), names, strict=True)]
-    learn = ["launch/train_energy.py", args.config, "--run", out / "energy", f"autoencoder={args.autoencoder}", *data]
+    learn = ["launch/train_energy.py", args.config, "--run", out / "energy", f"autoencoder={autoencoder[1]}", *data]
+    learn += ["--data", args.data or f"{names[0]} and {names[1]}, two folders of pictures"]
+    learn += [] if args.licence is None else ["--licence", args.licence]
     steps.append((f"learning the energy from {names[0]} to {names[1]}", [*learn, *args.overrides]))
     pictures = args.test or out / "shards" / names[0] / "test"
     translate = ["launch/translate.py", pictures, "--energy", out / "energy", "--out", out / "translated", "--sheet"]
@@ -106,11 +121,28 @@ def main(argv: list[str] | None = None) -> int:
     places[-1] += "y"  # the two must differ
     load_config(TrainEnergyConfig, args.config, [*places, *args.overrides])  # a misspelt key must not wait for step 5
     from letit_dist.autoencoders.base import load_autoencoder
-    from letit_dist.cards import Card
+    from letit_dist.interchange.kinds import import_autoencoder, recognise
+
+    published = recognise(args.autoencoder)
+    if published and args.resolution is None:
+        raise UserError(
+            f"--autoencoder {args.autoencoder}: published files do not tell the side of the images, give --resolution"
+        )
+    if published:
+        model = import_autoencoder(published, args.autoencoder, resolution=args.resolution)
+        kept = args.out / "autoencoder"
+        if kept.exists() and load_autoencoder(kept).fingerprint() != model.fingerprint():
+            raise UserError(f"{kept} was made of other files or for another --resolution: name another --out")
+    else:
+        model = load_autoencoder(args.autoencoder)
+        if args.resolution is not None:
+            raise UserError(
+                f"--resolution has no effect with {args.autoencoder}, which is for images of "
+                f"{model.config.resolution} pixels: leave it out"
+            )
     from letit_dist.energy.translate import Translator
 
-    resolution = load_autoencoder(args.autoencoder).config.resolution
-    begun, steps = time.monotonic(), commands(args, names, resolution)
+    begun, steps = time.monotonic(), commands(args, names, model.config.resolution, published)
     took: dict[str, tuple[float, float]] = {}  # seconds, and those of the processor
     for number, (title, command) in enumerate(steps, 1):
         print(f"\n== {number}/{len(steps)} {title} ({time.monotonic() - begun:.0f} s)", flush=True)
@@ -123,13 +155,10 @@ def main(argv: list[str] | None = None) -> int:
         if code:
             print(f"stopped in step {number}: the same command continues there", file=sys.stderr)
             return code
-    card = Card(
-        data=f"{names[0]} and {names[1]}, two folders of pictures",
-        command=f"python {shlex.join(['launch/transfer.py', *(sys.argv[1:] if argv is None else argv)])}",
-    )
-    Translator.from_pretrained(args.out / "energy").save_pretrained(
-        args.out / "translator", card=card, with_autoencoder=True
-    )
+    translator = Translator.from_pretrained(args.out / "energy")
+    assert translator.energy.card is not None
+    card = replace(translator.energy.card, command=cards.command_line("launch/transfer.py", argv))
+    translator.save_pretrained(args.out / "translator", card=card, with_autoencoder=True)
     shares = ", ".join(f"{stage} {clock:.0f} ({processor:.0f})" for stage, (clock, processor) in took.items())
     print(f"\ndone in {time.monotonic() - begun:.0f} s, by step (and of processor time): {shares}")
     print(f"look at:  {args.out / 'translated/sheets'}\nuse:      {args.out / 'translator'}")

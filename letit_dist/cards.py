@@ -1,14 +1,26 @@
-"""Model cards: the README.md of a folder of weights, with data, licence, command and metrics."""
+"""Model cards: the README.md of a folder of weights, with data, licence, command and metrics.
+
+All four also stand in its YAML front matter, so that they are kept when the weights go into another folder.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 CARD = "README.md"
 _UNKNOWN = "not stated"
+# By the first words of a file called LICENSE.
+_LICENCES = {"MIT License": "mit", "Apache License": "apache-2.0"}
 
 
 @dataclass(frozen=True)
@@ -23,8 +35,10 @@ class Card:
     def text(self, title: str, facts: Mapping[str, Any], use: str) -> str:
         """The card as Markdown: `facts` become a table, `use` is Python."""
         # JSON is YAML, and needs no thought about quotes.
-        front = {"library_name": "letit_dist", "tags": ["letit_dist", "image-to-image"]}
+        front: dict[str, Any] = {"library_name": "letit_dist", "tags": ["letit_dist", "image-to-image"]}
         front |= {} if self.licence is None else {"license": self.licence}
+        own = {"data": self.data, "command": self.command, "metrics": dict(self.metrics)}
+        front |= {"letit_dist": own} if (own := {key: value for key, value in own.items() if value}) else {}
         head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
         metrics = _table(("metric", "value"), self.metrics) if self.metrics else "not yet measured"
         command = _UNKNOWN if self.command is None else _fenced("", self.command)
@@ -38,6 +52,66 @@ class Card:
         }
         body = "\n\n".join(f"## {name}\n\n{text}" for name, text in parts.items())
         return f"---\n{head}\n---\n\n# {title}\n\n{body}\n"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Card | None:
+        """What the README.md of a folder says in its front matter, also where somebody else wrote it; None without."""
+        try:
+            text = (Path(folder) / CARD).read_text(encoding="utf-8")
+            front = yaml.safe_load(text.removeprefix("---\n").split("\n---\n")[0]) if text.startswith("---\n") else None
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+        if not isinstance(front, dict):
+            return None
+        own = found if isinstance(found := front.get("letit_dist"), dict) else {}
+        metrics = found if isinstance(found := own.get("metrics"), dict) else {}
+        data = _words(own.get("data", front.get("datasets")))
+        return cls(data, _words(front.get("license")), _words(own.get("command")), metrics)
+
+    @classmethod
+    def together(cls, cards: Iterable[Card | None]) -> Card:
+        """Of several: what they agree on, and all that was done; no metrics, which belong to each alone."""
+        known = [card or cls() for card in cards]
+        if len(known) == 1:
+            return known[0]
+        licences = {card.licence for card in known}
+        data, command = (
+            "\n".join(dict.fromkeys(text for text in texts if text)) or None
+            for texts in ([card.data for card in known], [card.command for card in known])
+        )
+        return cls(data, licences.pop() if len(licences) == 1 else None, command)
+
+
+def licence_beside(path: Path) -> str | None:
+    """What a published file or folder says of its licence: the front matter of the README.md beside it, or a LICENSE
+    that is MIT's or Apache's; None where neither does."""
+    folder = path if path.is_dir() else path.parent
+    card = Card.read(folder)
+    if card is not None and card.licence is not None:
+        return card.licence
+    for file in sorted(folder.glob("LICEN[CS]E*")):
+        first = file.read_text(encoding="utf-8", errors="replace").strip().split("\n")[0].strip()
+        if first in _LICENCES:
+            return _LICENCES[first]
+    return None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--data and --licence, which no program can find out by itself."""
+    parser.add_argument("--data", metavar="WORDS", help="for the model card: what it is made of (default: the folders)")
+    parser.add_argument("--licence", metavar="ID", help="for the model card: of the weights, e.g. apache-2.0")
+
+
+def command_line(program: str, argv: Sequence[str] | None = None) -> str:
+    """The command that runs `program` (its path in the repository) as this process runs."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = ["python"] if ranks == 1 else ["accelerate", "launch", "--num_processes", str(ranks)]
+    return shlex.join([*launcher, program, *(sys.argv[1:] if argv is None else argv)])
+
+
+def _words(value: Any) -> str | None:
+    """A value of somebody's front matter, which may be a list."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value) if value else None
 
 
 def _fenced(language: str, text: str) -> str:

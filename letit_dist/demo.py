@@ -11,8 +11,10 @@ for each picture; the strength then only decodes another point of it. Works on a
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import math
+import socket
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -91,6 +93,38 @@ def trajectory(found: Walk, folder: Path) -> Path:
     return path
 
 
+def read_picture(path: Path) -> Image.Image:
+    """A file's picture as every program sees it: upright, RGB, over white. UserError for what is none."""
+    from letit_dist.data.transforms import UnreadableImage, decode
+    from letit_dist.pictures import to_picture
+
+    try:
+        return to_picture(decode(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"--picture {path}: {error.strerror or error}") from None
+    except UnreadableImage as error:
+        raise UserError(f"--picture {path}: {error}") from None
+
+
+def check_place(host: str, port: int) -> None:
+    """Raise UserError unless a page can be served there: gradio would blame the port for everything."""
+    if not 0 < port < 65536:
+        raise UserError(f"--port {port}: a number from 1 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise UserError(f"--host {host}: no such address; 127.0.0.1 is this machine alone, 0.0.0.0 everybody") from None
+    with socket.socket(family, kind, protocol) as trial:
+        # As the server does: a page that was closed a moment ago is no hindrance.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(f"--host {host}: not an address of this machine; 0.0.0.0 are all of them") from None
+            raise UserError(f"cannot serve at {host}:{port}: {error.strerror}; name another --port") from None
+
+
 def build(translators: dict[str, Translator], folder: Path, picture: Image.Image | None = None) -> Any:
     """The page, as gradio's Blocks; animations are written to `folder`."""
     import gradio as gr
@@ -158,15 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the demo needs gradio: pip install 'letit_dist[demo]'")
     import torch
-    from PIL import Image
 
-    picture = None
-    if args.picture is not None:
-        try:
-            with Image.open(args.picture) as opened:
-                picture = opened.copy()
-        except OSError as error:
-            raise UserError(f"--picture {args.picture}: {error.strerror or error}") from None
+    picture = None if args.picture is None else read_picture(args.picture)
+    check_place(args.host, args.port)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     translators = {name: one.to(device) for name, one in open_all(args.translators, args.autoencoder).items()}
     with tempfile.TemporaryDirectory(prefix="letit_dist-demo-") as scratch:

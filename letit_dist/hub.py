@@ -12,12 +12,20 @@ from letit_dist.errors import UserError
 _WANTED = ("*.json", "*.safetensors", "*.md")
 
 
+def looks_like_id(path: str | Path) -> bool:
+    """Whether it is written as `owner/name`; it may be a path as well."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)))
+
+
 def is_hub_id(path: str | Path) -> bool:
     """Whether this can only mean a repository of the Hub: `owner/name`, and neither it nor `owner` exists here."""
-    text = str(path)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
-        return False
-    return not Path(text).exists() and not Path(text).parent.exists()
+    return looks_like_id(path) and not Path(path).exists() and not Path(path).parent.exists()
+
+
+def advice(repo_id: str) -> str:
+    """How to fetch a repository by hand. Not into a folder called as its owner, whose other ids would then be paths."""
+    folder = f"models/{repo_id.partition('/')[2]}"
+    return f"run `hf download {repo_id} --local-dir {folder}` where there is a network, and name {folder}"
 
 
 def fetch(repo_id: str) -> Path:
@@ -37,9 +45,8 @@ def fetch(repo_id: str) -> Path:
         ) from None
     except Exception as error:  # a network fails in as many ways as there are libraries below
         raise UserError(
-            f"{repo_id}: no such folder here, and the Hub cannot be asked for it ({_first_line(error)}): where there "
-            f"is a network, run `hf download {repo_id} --local-dir {repo_id}`, which gets config.json and the weights, "
-            f"and put that folder here"
+            f"{repo_id}: no such folder here, and the Hub cannot be asked for it ({_first_line(error)}): "
+            f"{advice(repo_id)} (config.json and the weights) in its place"
         ) from None
 
 

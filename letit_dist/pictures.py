@@ -66,9 +66,11 @@ def grid(
     return sheet
 
 
-def strip(images: Sequence[Tensor], *, cell: int | None = None) -> Image.Image:
-    """T images (3, H, W) in [-1, 1] or uint8 side by side, in order."""
+def strip(images: Sequence[Tensor], *, cell: int | None = None, names: Sequence[str] | None = None) -> Image.Image:
+    """T images (3, H, W) in [-1, 1] or uint8 side by side, in order; `names` stand above them."""
     cell = cell or visible_size(images[0].shape[-1])
+    if names is not None:
+        return columns({name: [image] for name, image in zip(names, images, strict=True)}, cell=cell)
     picture = Image.new("RGB", (len(images) * (cell + _MARGIN) - _MARGIN, cell), _PAPER)
     for i, image in enumerate(images):
         picture.paste(to_picture(image, cell), (i * (cell + _MARGIN), 0))

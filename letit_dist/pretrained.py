@@ -6,6 +6,7 @@ and what is read back is checked against the fingerprint that was stored with it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -127,8 +128,15 @@ def read_config(folder: Path, needed: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Tr
     than this letit_dist."""
     if not folder.is_dir():
         what = "is a file, expected a folder" if folder.exists() else "does not exist"
-        raise UserError(f"no weights at {folder}: it {what} (with {CONFIG} and {WEIGHTS})")
+        asked = not folder.exists() and hub.looks_like_id(folder)
+        owner = f"; the Hub is not asked for it, because there is a folder {folder.parent} here" if asked else ""
+        raise UserError(f"no weights at {folder}: it {what} (with {CONFIG} and {WEIGHTS}){owner}")
     missing = [name for name in needed if not (folder / name).is_file()]
+    if missing and _is_of_diffusers(folder):
+        raise UserError(
+            f"{folder} holds a model of diffusers: make a folder of ours from it, and name that "
+            f"(python launch/export.py --from diffusers {folder} --resolution R --out FOLDER)"
+        )
     if missing:
         raise UserError(f"{folder}: no {' and no '.join(missing)} in it")
     try:
@@ -144,6 +152,12 @@ def read_config(folder: Path, needed: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Tr
             f"{letit_dist.__version__}, which may not know all that it says: pip install --upgrade letit_dist"
         )
     return tree
+
+
+def _is_of_diffusers(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return "_class_name" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return (folder / "model_index.json").is_file()
 
 
 def _release(version: Any) -> tuple[int, ...]:
@@ -228,4 +242,9 @@ def find_folder(path: str | Path) -> Path:
         return exports[-1]
     if (path / "config.yaml").is_file():
         raise UserError(f"{path} is a run folder without an export: the run has not finished, start it again")
-    raise UserError(f"{path}: neither weights ({CONFIG} and {WEIGHTS}) nor a run folder with an export in it")
+    if _is_of_diffusers(path):
+        return path  # its reader says what to do
+    raise UserError(
+        f"{path}: neither weights ({CONFIG} and {WEIGHTS}) nor a run folder with an export in it; of other people's "
+        "files launch/export.py makes such a folder"
+    )

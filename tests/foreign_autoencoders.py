@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.autoencoders.taesd import TAESD, TAESDConfig
+from letit_dist.errors import UserError
 
 # The layers of each published member of the family, at a width that runs in milliseconds.
 FAMILY = {
@@ -21,6 +24,18 @@ FAMILY = {
         "decoder_branches": (True, False, False, False),
     },
 }
+
+
+def images(side: int, count: int = 2) -> torch.Tensor:
+    """Noise (count, 3, side, side) in [-1, 1], the same at every call."""
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def error_of(call: Callable[..., object], *arguments: object, **options: object) -> str:
+    """What the UserError says that a call ends with."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    return str(caught.value)
 
 
 def taesd(member: str, resolution: int = 32, **settings) -> TAESD:

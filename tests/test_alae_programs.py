@@ -73,7 +73,7 @@ def test_latents_are_vectors(stage2, fruit_shards):
 def test_an_energy_is_learnt(stage2):
     table = [line.split("|") for line in stage2.done["energy"].out.splitlines() if line.startswith("| ")][2:]
     energies = {cells[1].strip(): float(cells[2]) for cells in table}
-    assert energies["translation"] < energies["source"]
+    assert energies["latent energy"] < energies["source"]
     assert open_translator(stage2.root / "energy").energy.latent_shape == (16,)
 
 
@@ -130,4 +130,4 @@ def test_scores(stage2, tmp_path):
     assert done.code == 0, done.err
     methods = [line.split("|")[1].strip() for line in done.out.splitlines() if line.startswith("| ")][2:]
     baselines = ["mean shift", "Gaussian transport", "light bridge"]
-    assert methods == ["real", "reconstruction", *baselines, "translation"]
+    assert methods == ["real", "reconstruction", *baselines, "latent energy"]

@@ -48,7 +48,7 @@ def test_rows_are_the_methods(runs, apples, strength):
     translator = opened(runs).translator
     shift = MeanShift(torch.full(translator.energy.latent_shape, 0.3))
     found = compare_images(translator, open_images(apples, 32, 3), TranslateOptions(strength=strength), shift)
-    assert list(found.rows) == ["source", "reconstruction", "mean shift", "ours"]
+    assert list(found.rows) == ["source", "reconstruction", "mean shift", "latent energy"]
     assert all(len(row) == 3 for row in found.rows.values())
     for column, (name, pixels) in enumerate(open_images(apples, 32, 3)):
         images = to_images(pixels[None])
@@ -57,12 +57,12 @@ def test_rows_are_the_methods(runs, apples, strength):
             "source": images,
             "reconstruction": translator.decode(latents),
             "mean shift": translator.decode(latents + 0.3),
-            "ours": translator.translate(images, strength=strength).images,
+            "latent energy": translator.translate(images, strength=strength).images,
         }
         assert found.names[column] == name
         for label, row in found.rows.items():
             assert torch.equal(row[column], to_pixels(expected[label])[0]), label
-    reconstruction, *moved = (found.rows[label][0].int() for label in ("reconstruction", "mean shift", "ours"))
+    reconstruction, *moved = (found.rows[label][0].int() for label in ("reconstruction", "mean shift", "latent energy"))
     assert all((row - reconstruction).abs().max() > 2 for row in moved)
 
 
@@ -80,7 +80,7 @@ def test_others_are_matched_by_name(runs, apples, tmp_path):
     same, large = draw(1), draw(2, 64)
     folder = write(tmp_path / "cut", **{images.names[0]: same, images.names[1]: large, "another": draw(3)})
     found = compare_images(opened(runs).translator, images, TranslateOptions(), others={"CUT": folder})
-    assert list(found.rows) == ["source", "reconstruction", "ours", "CUT"]
+    assert list(found.rows) == ["source", "reconstruction", "latent energy", "CUT"]
     assert torch.equal(found.rows["CUT"][0], same)
     small = large.float().unflatten(1, (32, 2)).unflatten(3, (32, 2)).mean((2, 4)).round().to(torch.uint8)
     assert torch.equal(found.rows["CUT"][1], small)
@@ -102,10 +102,17 @@ def test_every_missing_file_is_named_at_once(tmp_path):
 
 def test_names_of_others(tmp_path):
     assert parse_others([f"CUT={tmp_path}", f"star gan={tmp_path}"]) == {"CUT": tmp_path, "star gan": tmp_path}
-    wrong = [f"={tmp_path}", "CUT", f"ours={tmp_path}", f"CUT={tmp_path}", f"CUT={tmp_path}", f"A={tmp_path}/none"]
+    wrong = [
+        f"={tmp_path}",
+        "CUT",
+        f"latent energy={tmp_path}",
+        f"CUT={tmp_path}",
+        f"CUT={tmp_path}",
+        f"A={tmp_path}/none",
+    ]
     with pytest.raises(UserError) as error:
         parse_others(wrong)
-    reasons = ["expected NAME=FOLDER"] * 2 + ["there is a row 'ours' already", "there is a row 'CUT' already"]
+    reasons = ["expected NAME=FOLDER"] * 2 + ["there is a row 'latent energy' already", "there is a row 'CUT' already"]
     lines = str(error.value).splitlines()
     assert len(lines) == 5
     for line, reason in zip(lines, [*reasons, "no such folder"], strict=True):
@@ -157,7 +164,10 @@ def images_of(page):
 
 
 def test_the_page_holds_every_image_and_nothing_from_outside():
-    rows = {name: [draw(10 * i + column) for column in range(2)] for i, name in enumerate(("source", "cut", "ours"))}
+    rows = {
+        name: [draw(10 * i + column) for column in range(2)]
+        for i, name in enumerate(("source", "cut", "latent energy"))
+    }
     text = comparison_page("a title", ["x", "y"], rows)
     page = Page(text)
     found = images_of(page)
@@ -174,22 +184,22 @@ def test_the_page_holds_every_image_and_nothing_from_outside():
 
 
 def test_each_image_has_a_slider_and_a_choice_with_labels():
-    rows = {name: [draw(0), draw(1)] for name in ("source", "reconstruction", "ours")}
+    rows = {name: [draw(0), draw(1)] for name in ("source", "reconstruction", "latent energy")}
     page = Page(comparison_page("t", ["x", "y"], rows))
     controls = [*page.all("input"), *page.all("select")]
     assert sorted(control["id"] for control in controls) == ["method-0", "method-1", "slider-0", "slider-1"]
     assert sorted(label["for"] for label in page.all("label")) == sorted(control["id"] for control in controls)
     assert all(slider["type"] == "range" and slider["max"] == "100" for slider in page.all("input"))
     options = page.all("option")
-    assert [option["value"] for option in options] == ["reconstruction", "ours"] * 2
-    assert [option["value"] for option in options if "selected" in option] == ["ours", "ours"]
+    assert [option["value"] for option in options] == ["reconstruction", "latent energy"] * 2
+    assert [option["value"] for option in options if "selected" in option] == ["latent energy", "latent energy"]
     shown = [image["data-method"] for image in page.all("img") if "hidden" not in image]
-    assert shown == ["source", "ours"] * 2
+    assert shown == ["source", "latent energy"] * 2
 
 
 def test_names_are_text_and_never_markup():
     nasty = '<script>alert("1")</script> & $x'
-    rows = {"source": [draw(0)], "ours": [draw(1)], nasty: [draw(2)]}
+    rows = {"source": [draw(0)], "latent energy": [draw(1)], nasty: [draw(2)]}
     page = Page(comparison_page(nasty, [nasty], rows))
     assert len(page.all("script")) == 1 and page.texts.count(nasty) == 4  # two titles, the picture, the option
     assert f"{nasty}, {nasty}" in images_of(page)
@@ -197,7 +207,9 @@ def test_names_are_text_and_never_markup():
 
 
 def test_a_real_browser_wipes_between_them(browser, tmp_path):
-    rows = {name: [torch.zeros(3, 32, 32, dtype=torch.uint8) for _ in "xy"] for name in ("source", "cut", "ours")}
+    rows = {
+        name: [torch.zeros(3, 32, 32, dtype=torch.uint8) for _ in "xy"] for name in ("source", "cut", "latent energy")
+    }
     for channel, images in enumerate(rows.values()):
         for image in images:
             image[channel] = 200
@@ -236,7 +248,7 @@ def test_the_command_writes_sheet_and_page(runs, apples, tmp_path):
     done = call(*command)
     assert done.code == 0, done.err
     assert sorted(path.name for path in out.iterdir()) == ["compare.html", "compare.png"]
-    assert done.out.splitlines()[0] == "4 images: source, reconstruction, mean shift, ours, CUT"
+    assert done.out.splitlines()[0] == "4 images: source, reconstruction, mean shift, latent energy, CUT"
     text = (out / "compare.html").read_text()
     assert "<h1>apple2orange: apple to orange, 1,234 images seen, seed 0</h1>" in text
     found = images_of(Page(text))
@@ -265,10 +277,10 @@ def test_without_latents_there_is_no_mean_shift(runs, apples, fruit_latents, tmp
     assert done.code == 0, done.err
     first, second, *_ = done.out.splitlines()
     assert first.startswith("without a row for the mean shift: ") and first.endswith("name its latents with --latents")
-    assert second == "1 images: source, reconstruction, ours"
+    assert second == "1 images: source, reconstruction, latent energy"
     sides = (fruit_latents / "apple", fruit_latents / "orange")
     done = call(*where, "--out", tmp_path / "b", "--latents", *sides)
-    assert done.out.splitlines()[0] == "1 images: source, reconstruction, mean shift, ours"
+    assert done.out.splitlines()[0] == "1 images: source, reconstruction, mean shift, latent energy"
 
 
 def test_a_picture_that_cannot_be_read_is_told(runs, tmp_path):
@@ -277,7 +289,7 @@ def test_a_picture_that_cannot_be_read_is_told(runs, tmp_path):
     done = call(folder, "--energy", runs / "apple2orange", "--out", tmp_path / "out")
     assert done.code == 0 and done.out.splitlines()[0].startswith(f"left out: {folder / 'b.png'}: not an image")
     assert set(images_of(Page((tmp_path / "out/compare.html").read_text()))) == {
-        f"{name}, {label}" for name in "ac" for label in ("source", "reconstruction", "mean shift", "ours")
+        f"{name}, {label}" for name in "ac" for label in ("source", "reconstruction", "mean shift", "latent energy")
     }
 
 

@@ -176,7 +176,7 @@ def test_the_loss_is_the_mean_of_those_of_the_pairs(on):
     for number, (direction, pair) in enumerate(zip(recipe.directions(), PAIRS, strict=True)):
         assert direction.pair == pair
         rows = data["pair"] == number
-        moved = direction.methods["translation"](data["source.latent"][rows])
+        moved = direction.methods["latent energy"](data["source.latent"][rows])
         losses.append(contrastive_loss(direction.energy, data["target.latent"][rows], moved)[0])
         shifted = direction.methods["mean shift"](data["source.latent"][rows])
         torch.testing.assert_close(recipe.samples(batch)["mean shift"][rows], shifted)
@@ -213,7 +213,7 @@ def test_one_energy_learns_every_direction(on):
         recipe("energy", Batch(data, item.positions, 0, 96)).loss.backward()
         optimizer.step()
     for direction, (source, target) in zip(recipe.directions(), numbered, strict=True):
-        moved = direction.methods["translation"](clouds[source])
+        moved = direction.methods["latent energy"](clouds[source])
         nearest = torch.cdist(moved, centres).argmin(1)
         assert (nearest == target).float().mean() > 0.95, direction.pair
 

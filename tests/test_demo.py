@@ -1,5 +1,6 @@
 """The demo: what its page calls, and the page itself in a real browser."""
 
+import base64
 import os
 import socket
 import subprocess
@@ -27,6 +28,8 @@ def folder(tmp_path_factory):
     """Two translators between cats and dogs, and a picture."""
     root = tmp_path_factory.mktemp("demo")
     ways = [translator("cat", "dog"), translator("dog", "cat", seed=1)]
+    for way, size in zip(ways, (50.0, 200.0), strict=True):  # so far that they differ to the eye
+        way.sampler = LangevinSampler(LangevinConfig(steps=3, step_size=size, noise_scale=1.0))
     save_translators(ways, root / "both", with_autoencoder=True)
     Image.fromarray(fruit("apple", 0, 0, 96)[0]).save(root / "apple.png")
     return root
@@ -82,6 +85,71 @@ def test_help_is_quick():
     assert not imported & {"torch", "numpy", "pydantic", "gradio"}
 
 
+def bad_files(root):
+    """(name, content, what is said of it) of files that are no picture."""
+    import io
+
+    whole = io.BytesIO()
+    Image.fromarray(fruit("apple", 0, 0, 96)[0]).save(whole, "png")
+    return [
+        ("text.png", b"no picture", "not an image"),
+        ("empty.png", b"", "empty file"),
+        ("cut.png", whole.getvalue()[:2000], "truncated"),
+        ("broken.png", whole.getvalue()[:30] + bytes(20), "not an image"),
+    ]
+
+
+def test_a_picture_that_is_none_is_one_line(folder, tmp_path, capsys):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'letit_dist[demo]'")
+    for name, content, said in bad_files(tmp_path):
+        (tmp_path / name).write_bytes(content)
+        assert demo.main([str(folder / "both"), "--picture", str(tmp_path / name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --picture {tmp_path / name}: ") and said in line
+    for path, said in ((tmp_path, "Is a directory"), (tmp_path / "gone.png", "No such file or directory")):
+        assert demo.main([str(folder / "both"), "--picture", str(path)]) == 2
+        assert capsys.readouterr().err == f"error: --picture {path}: {said}\n"
+    assert demo.read_picture(folder / "apple.png").tobytes() == Image.open(folder / "apple.png").tobytes()
+
+
+def test_an_address_that_cannot_be_served_is_one_line(folder, capsys):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'letit_dist[demo]'")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for given, said in (
+            (("--host", "no such host"), "--host no such host: no such address; 127.0.0.1 is this machine alone"),
+            (("--host", "192.0.2.1"), "--host 192.0.2.1: not an address of this machine"),
+            (("--port", str(port)), f"cannot serve at 127.0.0.1:{port}: Address already in use; name another --port"),
+            (("--port", "70000"), "--port 70000: a number from 1 to 65535"),
+        ):
+            assert demo.main([str(folder / "both"), *given]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: {said}")
+
+
+def test_an_autoencoder_that_is_none_is_one_line(folder, tmp_path, capsys):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'letit_dist[demo]'")
+    translator().energy.save_pretrained(tmp_path / "energy")
+    for given, said in (
+        (
+            (folder / "both", "--autoencoder", tmp_path / "gone"),
+            f"no weights at {tmp_path / 'gone'}: it does not exist",
+        ),
+        ((folder / "both", "--autoencoder", folder), f"{folder}: neither weights"),
+        (
+            (folder / "both", "--autoencoder", folder / "both/energies/cat2dog"),
+            "unknown autoencoder kind 'conv' (known: alae,",
+        ),
+        ((tmp_path / "energy",), "name its autoencoder with --autoencoder"),
+        ((tmp_path / "gone",), f"no such energy: {tmp_path / 'gone'}"),
+    ):
+        assert demo.main([str(part) for part in (*given, "--port", 7861)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and said in line
+
+
 @pytest.fixture
 def served(folder):
     """The address of the page, from its own process; the second value is what that said."""
@@ -114,6 +182,44 @@ def served(folder):
 SOURCES = "[...document.querySelectorAll('img')].map(i => i.src).filter(s => s.includes('/file='))"
 
 
+def shown(address, side=32):
+    """A picture of the page, as small as the translator made it."""
+    with urllib.request.urlopen(address) as answer, Image.open(answer) as picture:
+        return np.asarray(picture.convert("RGB").resize((side, side), 0)).astype(int)
+
+
+def test_a_picture_is_dropped_and_another_translator_chosen(browser, served, folder, tmp_path):
+    content = base64.b64encode((folder / "apple.png").read_bytes()).decode()
+    carry = """text => {
+        const held = new DataTransfer();
+        const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+        held.items.add(new File([bytes], 'apple.png', {type: 'image/png'}));
+        return held;
+    }"""
+    with browser.open(served, tmp_path / "profile") as page:
+        page.wait_for_selector("input[type=file]", state="attached")
+        held = page.evaluate_handle(carry, content)
+        page.dispatch_event("button:has(input[type=file])", "drop", {"dataTransfer": held})
+        page.wait_for_function(f"{SOURCES}.length == 4")
+        before = page.evaluate(SOURCES)
+        chosen = page.get_by_label("translator", exact=True)
+        assert chosen.input_value() == "cat to dog"
+        chosen.click()
+        offered = [text.split("\n")[-1] for text in page.get_by_role("option").all_inner_texts()]  # after a tick
+        assert offered == ["cat to dog", "dog to cat"]
+        page.get_by_role("option", name="dog to cat").click()
+        page.wait_for_function(
+            f"{SOURCES}.length == 4 && {SOURCES}[2] != {before[2]!r} && {SOURCES}[3] != {before[3]!r}"
+        )
+        after = page.evaluate(SOURCES)
+        ways = demo.open_all([str(folder / "both")])
+        picture = Image.open(folder / "apple.png")
+        results = {name: np.asarray(demo.walk(one, picture).at(1.0)).astype(int) for name, one in ways.items()}
+        for address, name, other in ((before[2], "cat to dog", "dog to cat"), (after[2], "dog to cat", "cat to dog")):
+            seen = shown(address)
+            assert abs(seen - results[name]).mean() < 4 < abs(seen - results[other]).mean()
+
+
 def test_the_page_in_a_real_browser(browser, served, folder, tmp_path):
     with browser.open(served, tmp_path / "profile") as page:
         page.wait_for_selector("input[type=file]", state="attached")
@@ -137,9 +243,8 @@ def test_the_page_in_a_real_browser(browser, served, folder, tmp_path):
         one = demo.open_all([str(folder / "both")])["cat to dog"]
         chain = demo.walk(one, Image.open(folder / "apple.png"))
         for address, strength in ((before[2], 1.0), (after[2], 0.0)):
-            with urllib.request.urlopen(address) as answer, Image.open(answer) as shown:
-                small = np.asarray(shown.convert("RGB").resize((32, 32), 0)).astype(int)
-            assert abs(small - np.asarray(chain.at(strength))).mean() < 4  # it may come as a lossy WebP
+            # It may come as a lossy WebP.
+            assert abs(shown(address) - np.asarray(chain.at(strength))).mean() < 4
         seen = screenshot(page)
     seen.save(os.environ.get("LETIT_DEMO_SCREENSHOT", tmp_path / "demo.png"))
     assert seen.width > 1000 and len(np.unique(np.asarray(seen.convert("L")))) > 50

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 import export
 
-from letit_dist.autoencoders.base import load_autoencoder
+from letit_dist.autoencoders.base import build_autoencoder, load_autoencoder
+from letit_dist.autoencoders.beta_vae import BetaVAE, BetaVAEConfig
+from letit_dist.autoencoders.vqvae2 import VQVAE2
 from letit_dist.energy.models import load_energy
 from letit_dist.energy.translate import open_translator
 
@@ -21,6 +24,9 @@ FILES = {
 }
 
 
+AT = ("--resolution", 64)
+
+
 def run(*arguments):
     return export.main([str(argument) for argument in arguments])
 
@@ -29,7 +35,8 @@ def tensors(tree):
     """Every tensor of a nested file by its place."""
     if isinstance(tree, torch.Tensor):
         return {"": tree}
-    return {f"{key}.{place}": t for key, value in (tree or {}).items() for place, t in tensors(value).items()}
+    parts = tree.items() if isinstance(tree, dict) else ()
+    return {f"{key}.{place}": t for key, value in parts for place, t in tensors(value).items()}
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -53,8 +60,6 @@ def test_the_two_sets_of_weights_of_alae_are_asked_for(tmp_path):
 def test_an_energy_comes_with_its_chain_and_its_autoencoder(tmp_path):
     published = torch.load(GOLDEN / "ebm_mlp_layer1.pt", weights_only=True)
     torch.manual_seed(0)
-    from letit_dist.autoencoders.beta_vae import BetaVAE, BetaVAEConfig
-
     autoencoder = BetaVAE(BetaVAEConfig(latent_dim=published["mlp.0.weight"].shape[1]))
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     given = ("--from", "energy", GOLDEN / "ebm_mlp_layer1.pt", "--autoencoder", tmp_path / "autoencoder")
@@ -74,6 +79,59 @@ def test_an_energy_comes_with_its_chain_and_its_autoencoder(tmp_path):
     assert load_energy(tmp_path / "energy").fingerprint() == translator.energy.fingerprint()
 
 
+def test_vqvae2_is_rosinalitys_by_default(tmp_path):
+    file, numbers = (
+        GOLDEN / "vqvae2_rosinality_checkpoint.pt",
+        load_file(GOLDEN / "vqvae2_rosinality_vectors.safetensors"),
+    )
+    assert run("--from", "vqvae2", file, "--resolution", 64, "--out", tmp_path / "folder") == 0
+    model = load_autoencoder(tmp_path / "folder")
+    # The encoder's golden numbers are those of codebooks that have learnt on; LETIT's decoder gives another picture.
+    torch.testing.assert_close(model.decode(numbers["eval.latent"]), numbers["eval.decode"], rtol=1e-4, atol=1e-5)
+    assert run("--to", "vqvae2", tmp_path / "folder", "--out", tmp_path / "back.pt") == 0
+    same_tensors(tmp_path / "back.pt", file)
+
+
+def test_beta_vae_is_1konnys_by_default(tmp_path):
+    """BetaVAE_H takes images in [0, 1] and gives logits of such."""
+    file, numbers = GOLDEN / "betavae_checkpoint.pt", load_file(GOLDEN / "betavae_vectors.safetensors")
+    assert run("--from", "beta_vae", file, "--out", tmp_path / "folder") == 0
+    model = load_autoencoder(tmp_path / "folder")
+    torch.testing.assert_close(model.encode(2 * numbers["image"] - 1), numbers["mu"], rtol=1e-4, atol=1e-5)
+    expected = 2 * numbers["decode_mu"].sigmoid() - 1
+    torch.testing.assert_close(model.decode(numbers["mu"]), expected, rtol=1e-4, atol=1e-5)
+    assert run("--to", "beta_vae", tmp_path / "folder", "--out", tmp_path / "back.pt") == 0
+    same_tensors(tmp_path / "back.pt", file)
+
+
+def same_tensors(found, wanted):
+    """Two published files hold the same tensors under the same names, one perhaps more than its weights."""
+    ours, theirs = (tensors(torch.load(path, weights_only=True)) for path in (found, wanted))
+    assert ours and ours.keys() <= theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("name", ["mlp_layer0", "mlp_layer1", "mlp_layer2", "conv", "conv_attention"])
+def test_every_published_energy_there_and_back(tmp_path, name):
+    file, numbers = GOLDEN / f"ebm_{name}.pt", load_file(GOLDEN / f"ebm_{name}_vectors.safetensors")
+    shape = tuple(numbers["source"].shape[1:])
+    if len(shape) == 1:
+        config = BetaVAEConfig(latent_dim=shape[0])
+    else:
+        config = VQVAE2.tiny.model_copy(update={"resolution": 4 * shape[1], "code_dim": shape[0] // 2})
+    autoencoder = build_autoencoder(config)
+    assert autoencoder.latent_shape == shape
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    given = ("--from", "energy", file, "--autoencoder", tmp_path / "autoencoder", "--steps", 2, "--step-size", 1)
+    assert run(*given, "--out", tmp_path / "energy") == 0
+    energy = open_translator(tmp_path / "energy", tmp_path / "autoencoder").energy
+    # Theirs return -E.
+    torch.testing.assert_close(energy(numbers["target"]), -numbers["f_target"].squeeze(1), rtol=1e-4, atol=1e-5)
+    assert run("--to", "energy", tmp_path / "energy", "--out", tmp_path / "back.pt") == 0
+    same_tensors(tmp_path / "back.pt", file)
+    assert len(torch.load(tmp_path / "back.pt", weights_only=True)) == len(torch.load(file, weights_only=True))
+
+
 def test_pixels_as_latents(tmp_path):
     assert run("--from", "identity", "--resolution", 16, "--out", tmp_path / "pixels") == 0
     model = load_autoencoder(tmp_path / "pixels")
@@ -90,7 +148,17 @@ def test_pixels_as_latents(tmp_path):
         (("--from", "identity", "x", "--resolution", "8"), "--from identity reads no file: leave it out"),
         (("--to", "alae", "x", "--weights", "average"), "--weights has no effect with --to alae"),
         (("--from", "energy", "x.pt", "--steps", "3"), "--from energy needs --step-size"),
-        (("--from", "beta_vae", "nowhere.pt"), "no such file: nowhere.pt"),
+        (("--from", "beta_vae", "nowhere.pt"), "no such file: nowhere.pt, expected a file of torch.save"),
+        (("--from", "taesd", "taef2", *AT), "no such file: taef2, expected a folder with one file called *encoder*"),
+        (("--from", "diffusers", "sd/vae", *AT), "no such folder: sd/vae, expected a folder with config.json"),
+        (
+            ("--from", "diffusers", "sd/vae", *AT),
+            "fetch it from the Hub: run `hf download sd/vae --local-dir models/vae`",
+        ),
+        (
+            ("--from", "energy", "x.pt", "--steps", 1, "--step-size", 1, "--autoencoder", "a"),
+            "no such file: x.pt, expected a .pt file of torch.save with the energy's",
+        ),
         (("--from", "beta_vae", GOLDEN / "betavae_checkpoint.pt", "--variant", "x"), "unknown variant 'x'"),
     ],
 )

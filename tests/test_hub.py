@@ -65,6 +65,7 @@ def test_a_card_says_what_is_known_and_what_is_not():
         "library_name": "letit_dist",
         "tags": ["letit_dist", "image-to-image"],
         "license": "cc-by-4.0",
+        "letit_dist": {"data": "my cats", "command": "python x.py", "metrics": dict(card.metrics)},
     }
     for part in (
         "# cats",
@@ -276,8 +277,13 @@ def test_a_hub_id_without_a_network_is_one_line(tmp_path, more):
         done = python(code, "http://127.0.0.1:9", tmp_path, **more)
         assert done.returncode == 0, done.stderr
         (line,) = done.stdout.splitlines()
-        for part in ("you/gone: no such folder here", "`hf download you/gone --local-dir you/gone`", "config.json"):
+        for part in ("you/gone: no such folder here", "`hf download you/gone --local-dir models/gone`", "config.json"):
             assert part in line
+        # Who does as that line says can go on to name other models of that owner.
+        (tmp_path / "empty" / re.search(r"--local-dir ([\w/]+)`", line)[1]).mkdir(parents=True)
+        again = python(code.replace("you/gone", "you/other"), "http://127.0.0.1:9", tmp_path, **more)
+        assert "you/other: no such folder here, and the Hub cannot be asked" in again.stdout
+        shutil.rmtree(tmp_path / "empty")
     send = "import letit_dist\nfrom letit_dist.autoencoders.base import build_autoencoder\n"
     send += "from letit_dist.registry import AUTOENCODERS\n"
     send += "try: build_autoencoder(AUTOENCODERS.get('beta_vae').tiny).push_to_hub('you/new')\n"
@@ -292,7 +298,31 @@ def test_only_what_can_be_no_path_is_an_id(tmp_path, monkeypatch):
     assert hub.is_hub_id("owner/name-1.0") and hub.is_hub_id("o/n")
     for path in ("runs/misspelt", "/owner/name", "./owner/name", "a/b/c", "name", "../x/y", "owner/", tmp_path / "x/y"):
         assert not hub.is_hub_id(path), path
-    assert "runs/misspelt: it does not exist" in error_of(letit_dist.load_autoencoder, "runs/misspelt")
+    message = error_of(letit_dist.load_autoencoder, "runs/misspelt")
+    assert "runs/misspelt: it does not exist" in message
+    assert message.endswith("the Hub is not asked for it, because there is a folder runs here")
+    assert "Hub" not in error_of(letit_dist.load_autoencoder, tmp_path / "gone")
+
+
+@pytest.mark.parametrize("where", ["folder", "pipeline", "Hub"])
+def test_a_model_of_diffusers_in_place_of_ours_gets_a_hint(tmp_path, where):
+    files = {"config.json": b'{"_class_name": "AutoencoderKL"}', "diffusion_pytorch_model.safetensors": b"x"}
+    if where == "pipeline":
+        files = {"model_index.json": b"{}", "vae/config.json": files["config.json"]}
+    folder = tmp_path / "sd-vae"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    if where != "Hub":
+        message = error_of(letit_dist.load_autoencoder, folder)
+        assert f"{folder} holds a model of diffusers" in message and f"--from diffusers {folder} " in message
+        return
+    with Hub() as server:
+        server.repositories["stabilityai/sd-vae"] = files
+        code = "import letit_dist\ntry: letit_dist.load_autoencoder('stabilityai/sd-vae')\n"
+        done = python(code + "except letit_dist.UserError as e: print(e)", server.address, tmp_path)
+    (line,) = done.stdout.splitlines()
+    assert "holds a model of diffusers" in line and "launch/export.py --from diffusers /" in line
 
 
 # In Python

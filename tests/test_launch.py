@@ -190,11 +190,11 @@ def test_an_energy_a_direction(chain, direction):
     assert f"{source} (72 latents) to {target} (72 latents); batch: 16 = " in out
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     assert table[0] == ["method", "energy", "kernel_distance", "samples"]
-    assert [row[0] for row in table[2:]] == ["source", "mean shift", "translation", "target itself"]
+    assert [row[0] for row in table[2:]] == ["source", "mean shift", "latent energy", "target itself"]
     assert [row[3] for row in table[2:]] == ["72", "72", "72", "36"]
     energies, distances = ({row[0]: float(row[column]) for row in table[2:]} for column in (1, 2))
-    assert energies["target itself"] < energies["source"] and energies["translation"] < energies["source"]
-    assert distances["translation"] < 0.5 * distances["source"]
+    assert energies["target itself"] < energies["source"] and energies["latent energy"] < energies["source"]
+    assert distances["latent energy"] < 0.5 * distances["source"]
 
 
 def test_both_directions_differ(chain):
@@ -213,7 +213,7 @@ def test_finished_work_is_recognised(chain):
     for command in (chain.pretrain, chain.train_energy(*STYLES), chain.train_energy(*STYLES[::-1])):
         done = run(*command)
         assert done.code == 0 and "complete: " in done.out and "images were already seen" in done.out
-        assert ("| translation " in done.out) == (command[0] == "launch/train_energy.py")
+        assert ("| latent energy " in done.out) == (command[0] == "launch/train_energy.py")
     done = run(*chain.pack)
     assert done.code == 0 and done.out.count("already packed with these settings") == 4
     after = {name: value for name, value in files(chain.root).items() if not name.endswith("environment.json")}
@@ -275,8 +275,9 @@ def test_paths_are_strips_and_animations(chain, apples, tmp_path):
     with Image.open(tmp_path / "out/paths" / f"{names[0]}.gif") as animation:
         assert animation.n_frames == 5  # T + 1
     with Image.open(tmp_path / "out/paths" / f"{names[0]}.png") as strip:
-        assert strip.size == (5 * 96 + 4 * 3, 96)
-        last = strip.crop((4 * 99, 0, 4 * 99 + 96, 96)).resize((32, 32), Image.Resampling.NEAREST)
+        assert strip.width == 3 + 5 * (96 + 3) and strip.height > 99  # the steps are named above the pictures
+        left, top = 3 + 4 * 99, strip.height - 99
+        last = strip.crop((left, top, left + 96, top + 96)).resize((32, 32), Image.Resampling.NEAREST)
         assert last.tobytes() == Image.open(tmp_path / "out" / f"{names[0]}.png").tobytes()
 
 
@@ -330,7 +331,7 @@ def test_scores(chain, tmp_path):
     assert done.code == 0, done.err
     assert f"sheet: {tmp_path / 'out/translation.png'}" in done.out
     rows = [json.loads(line) for line in (tmp_path / "out/translation.jsonl").read_text().splitlines()]
-    methods = ["real", "reconstruction", "mean shift", "Gaussian transport", "light bridge", "translation"]
+    methods = ["real", "reconstruction", "mean shift", "Gaussian transport", "light bridge", "latent energy"]
     assert [row["method"] for row in rows] == methods
     energy = load_energy(find_folder(chain.energy()))
     for row in rows:
@@ -340,6 +341,11 @@ def test_scores(chain, tmp_path):
         assert {f"error_{name}" for name in ("x", "y", "size")} <= set(row)
     first = done.out.splitlines()[0]
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
+        *("method", "target_accuracy", "content_error", "kept_accuracy", "latent_kernel", "l2_to_source"),
+    ]
+    assert f"all columns: {tmp_path / 'out/translation.md'}" in done.out
+    whole = (tmp_path / "out/translation.md").read_text().splitlines()[0]
+    assert [cell.strip() for cell in whole.split("|")[1:-1]] == [
         *("method", "target_accuracy", "content_error", "content_correlation", "kept_accuracy", "latent_frechet"),
         *("latent_kernel", "displacement", "l2_to_source", "fit_seconds", "seconds", "mib", "samples"),
     ]

@@ -58,6 +58,15 @@ def test_a_strip_is_in_order():
     assert [picture.getpixel((x, 5))[0] for x in (5, 18, 31)] == [0, 255, 128]
 
 
+def test_a_strip_with_names_says_them_above_each_picture():
+    picture = strip(torch.stack([flat(-1), flat(1)]), cell=40, names=["first", "second"])
+    assert picture.size == (2 * 43 + 3, picture.height) and picture.height > 40
+    head = picture.crop((0, 0, picture.width, picture.height - 43)).convert("L")
+    assert all(min(head.crop((left, 0, left + 43, head.height)).getextrema()) < 100 for left in (0, 43))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        strip([flat(0)], names=["one", "too many"])
+
+
 @pytest.mark.parametrize(
     ("name", "format"), [("a.png", "PNG"), ("b.JPG", "JPEG"), ("c.jpeg", "JPEG"), ("d.gif", "GIF")]
 )

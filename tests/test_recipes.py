@@ -195,10 +195,10 @@ def test_a_sample_is_moved_alike_in_every_batch_it_could_be_in():
 def test_pictures_show_both_sides_and_both_ways_between():
     recipe, batch = latent_energy(), code_batch()
     rows = recipe.samples(batch)
-    assert list(rows) == ["source", "mean shift", "translation", "target"]
+    assert list(rows) == ["reconstruction", "mean shift", "latent energy", "target reconstructed"]
     source = recipe.latents(batch, "source")
     assert torch.equal(rows["mean shift"], recipe.autoencoder.decode(source + 0.25))
-    assert torch.equal(rows["translation"], recipe.autoencoder.decode(recipe.transport(source, batch).latents))
+    assert torch.equal(rows["latent energy"], recipe.autoencoder.decode(recipe.transport(source, batch).latents))
     assert not any(images.requires_grad for images in rows.values())
 
 
@@ -210,7 +210,7 @@ def test_methods_are_compared_without_noise():
     assert torch.equal(methods["source"](latents), latents)
     assert torch.equal(methods["mean shift"](latents), latents + 0.25)
     plain = LangevinSampler(LangevinConfig(steps=3, step_size=0.5))
-    assert torch.equal(methods["translation"](latents), plain.sample(recipe.energy, latents).latents)
+    assert torch.equal(methods["latent energy"](latents), plain.sample(recipe.energy, latents).latents)
 
 
 def test_the_energy_is_saved_with_its_chain_and_its_autoencoder(tmp_path):

@@ -59,9 +59,9 @@ def test_a_perfect_translator(judge, examples, fruit64, fruit64_images, tmp_path
     }
     scores = score_translations(Perfect(answers), judge, examples, fruit64["test"], paired, batch=16)
     rows = by_method(scores)
-    assert list(rows) == ["real", "reconstruction", "mean shift", "translation"]
-    assert rows["translation"]["target_accuracy"] > 0.9 and rows["translation"]["content_error"] < 0.16
-    assert rows["translation"]["pair_error"] == 0
+    assert list(rows) == ["real", "reconstruction", "mean shift", "latent energy"]
+    assert rows["latent energy"]["target_accuracy"] > 0.9 and rows["latent energy"]["content_error"] < 0.16
+    assert rows["latent energy"]["pair_error"] == 0
     assert rows["real"]["target_accuracy"] < 0.2
     shared_keys = ("target_accuracy", "content_error", "content_correlation", "pair_error")
     assert [rows["real"][key] for key in shared_keys] == [rows["reconstruction"][key] for key in shared_keys]
@@ -70,19 +70,25 @@ def test_a_perfect_translator(judge, examples, fruit64, fruit64_images, tmp_path
     domains = [to_images(examples.pixels[examples.domain == d]) for d in (0, 1)]
     moved = MeanShift.fit(*domains).translate(fruit64_images["test"]).clamp(-1, 1)
     assert rows["mean shift"]["target_accuracy"] == judge_images(judge, moved, None)["target_accuracy"]
-    assert torch.equal(scores.images["translation"], scores.images["counterpart"])
+    assert torch.equal(scores.images["latent energy"], scores.images["counterpart"])
     # Latents are pixels here.
     answer = to_images(read_pixels(paired))
     way = (answer - fruit64_images["test"]).double()
-    assert rows["translation"]["displacement"] == pytest.approx(float(way.square().mean().sqrt()), rel=1e-5)
-    assert rows["translation"]["l2_to_source"] == pytest.approx(float(way.flatten(1).norm(dim=1).mean() / 2), rel=1e-5)
-    assert rows["translation"]["latent_kernel"] == pytest.approx(kernel_distance(answer, domains[1]), rel=1e-6)
-    assert rows["translation"]["latent_frechet"] == pytest.approx(frechet_distance(answer, domains[1]), rel=1e-6)
+    assert rows["latent energy"]["displacement"] == pytest.approx(float(way.square().mean().sqrt()), rel=1e-5)
+    assert rows["latent energy"]["l2_to_source"] == pytest.approx(
+        float(way.flatten(1).norm(dim=1).mean() / 2), rel=1e-5
+    )
+    assert rows["latent energy"]["latent_kernel"] == pytest.approx(kernel_distance(answer, domains[1]), rel=1e-6)
+    assert rows["latent energy"]["latent_frechet"] == pytest.approx(frechet_distance(answer, domains[1]), rel=1e-6)
     assert rows["reconstruction"]["displacement"] == 0 and "displacement" not in rows["real"]
-    assert rows["mean shift"]["fit_seconds"] >= 0 and "fit_seconds" not in rows["translation"]
+    assert rows["mean shift"]["fit_seconds"] >= 0 and "fit_seconds" not in rows["latent energy"]
     assert all(len(images) == 10 for images in scores.images.values())
     assert all(row["samples"] == 40 for row in scores.rows)
-    columns = [cell.strip() for cell in scores.table().splitlines()[0].split("|")[1:-1]]
+    shown, columns = (
+        [cell.strip() for cell in scores.table(whole=whole).splitlines()[0].split("|")[1:-1]] for whole in (False, True)
+    )
+    few = ["method", "target_accuracy", "content_error", "kept_accuracy", "pair_error", "latent_kernel", "l2_to_source"]
+    assert shown == few
     assert columns == [
         "method",
         "target_accuracy",
@@ -103,7 +109,10 @@ def test_a_perfect_translator(judge, examples, fruit64, fruit64_images, tmp_path
     write_report(scores, tmp_path / "out")
     lines = (tmp_path / "out/translation.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == scores.rows
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["translation.jsonl", "translation.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("translation.jsonl", "translation.md", "translation.png")
+    ]
+    assert (tmp_path / "out/translation.md").read_text() == f"{scores.table(whole=True)}\n"
 
 
 def test_an_absurd_translator(judge, examples, fruit64, fruit64_images):
@@ -111,9 +120,9 @@ def test_an_absurd_translator(judge, examples, fruit64, fruit64_images):
     orange = fruit64_images["pairs"][0]
     answers = {image.contiguous().numpy().tobytes(): orange for image in fruit64_images["test"]}
     rows = by_method(score_translations(Perfect(answers), judge, examples, fruit64["test"]))
-    assert rows["translation"]["target_accuracy"] == 1.0
-    assert rows["translation"]["content_error"] > 2 * rows["real"]["content_error"]
-    assert "pair_error" not in rows["translation"]
+    assert rows["latent energy"]["target_accuracy"] == 1.0
+    assert rows["latent energy"]["content_error"] > 2 * rows["real"]["content_error"]
+    assert "pair_error" not in rows["latent energy"]
 
 
 def test_seconds_are_those_of_the_method(judge, examples, fruit64, monkeypatch):
@@ -133,8 +142,8 @@ def test_noisy_chains_are_scored_by_place_and_seed(judge, examples, fruit64):
         return score_translations(translator, judge, examples, fruit64["test"], batch=batch, seed=seed).images
 
     first, again, other = images(40, 0), images(7, 0), images(40, 1)
-    torch.testing.assert_close(first["translation"], again["translation"])
-    assert (first["translation"] - other["translation"]).abs().mean() > 0.05
+    torch.testing.assert_close(first["latent energy"], again["latent energy"])
+    assert (first["latent energy"] - other["latent energy"]).abs().mean() > 0.05
     assert torch.equal(first["reconstruction"], other["reconstruction"])
 
 

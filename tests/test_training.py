@@ -8,6 +8,7 @@ from conftest import everything, stats_of, tiny_energy_trainer, tiny_trainer
 from PIL import Image
 from torch import nn
 
+from letit_dist.cards import Card
 from letit_dist.data.latents import LatentSet
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
@@ -227,7 +228,7 @@ def test_the_average_is_what_is_pictured_and_exported(fruit_shards, fresh_accele
     trainer = tiny_trainer(tmp_path, fruit_shards, training={"images": 24})
     trainer.train()
     assert trainer.trained is trainer.average.module is not trainer.recipe
-    folder = export(trainer, note="x")
+    folder = export(trainer, Card(), data="d", note="x")
     assert folder == tmp_path / "export" / f"images-{24:012d}" and f"exported to {folder}" in capsys.readouterr().out
     from letit_dist.autoencoders.base import load_autoencoder
     from letit_dist.pretrained import read_extra
@@ -236,7 +237,7 @@ def test_the_average_is_what_is_pictured_and_exported(fruit_shards, fresh_accele
     assert load_autoencoder(folder).fingerprint() != trainer.recipe.autoencoder.fingerprint()
     assert read_extra(folder) == {"images_seen": 24, "note": "x"}
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    export(trainer)
+    export(trainer, Card(), data="d")
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 

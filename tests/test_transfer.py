@@ -5,13 +5,17 @@ import re
 import foreign_autoencoders as foreign
 import numpy as np
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from programs import files, run
 
 import letit_dist
+from letit_dist.cards import Card
 from letit_dist.data.index import Index
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.synthetic import fruit
+from letit_dist.interchange.kinds import import_autoencoder
 
 TINY = (
     "energy.multiplier=1",
@@ -39,7 +43,7 @@ def folders(tmp_path_factory):
 
 def transfer(folders, out, *more):
     places = (folders / "apple", folders / "orange", "--autoencoder", folders / "autoencoder", "--out", out)
-    return run("launch/transfer.py", *places, "--holdout", 5, "--flip", *more, *TINY)
+    return run("launch/transfer.py", *places, "--holdout", 5, "--flip", "--licence", "cc0-1.0", *more, *TINY)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,49 @@ def test_the_translator_folder_stands_alone(finished, folders):
     assert np.array_equal(np.asarray(picture), np.asarray(Image.open(out / "translated/04.png")))
     card = (out / "translator/README.md").read_text()
     assert "apple to orange" in card and "python launch/transfer.py" in card and "--holdout 5" in card
+    front = ModelCard.load(out / "translator/README.md").data.to_dict()
+    assert front["license"] == "cc0-1.0" and "## Licence\n\ncc0-1.0" in card
+    assert front["letit_dist"]["data"] == "apple and orange, two folders of pictures"
+    assert front["letit_dist"]["metrics"]["apple to orange: kernel distance, target itself"] < 1
+    inside = Card.read(out / "translator/energies/apple2orange")
+    assert inside.licence == "cc0-1.0" and inside.command.startswith("python launch/train_energy.py")
+    assert inside.metrics == front["letit_dist"]["metrics"] and inside.data == front["letit_dist"]["data"]
+    assert "not stated" in (out / "translator/autoencoder/README.md").read_text()  # nobody said it of that one
     assert translator.energy.extra["images_seen"] == 64
+
+
+@pytest.mark.parametrize("kind", ["taesd", "diffusers"])
+def test_published_files_need_no_other_command(folders, tmp_path, kind):
+    published = tmp_path / "theirs"
+    if kind == "taesd":
+        foreign.publish(foreign.taesd("taesd"), published, "pth")
+    else:
+        diffusers = pytest.importorskip("diffusers")
+        torch.manual_seed(0)
+        diffusers.AutoencoderKL(
+            block_out_channels=(4, 4),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            norm_num_groups=2,
+        ).save_pretrained(published)
+    (published / "LICENSE").write_text("MIT License\n\nCopyright")
+
+    def call(*more):
+        places = (folders / "apple", folders / "orange", "--autoencoder", published, "--out", tmp_path / "out")
+        return run("launch/transfer.py", *places, "--holdout", 5, *more, *TINY)
+
+    done = call()
+    assert done.code == 2 and "give --resolution" in done.err and not (tmp_path / "out").exists()
+    done = call("--resolution", 64)
+    assert done.code == 0, done.err
+    assert "== 1/7 reading the autoencoder" in done.out and f"--from {kind} {published} --resolution 64" in done.out
+    translator = letit_dist.Translator.from_pretrained(tmp_path / "out/translator")
+    wanted = import_autoencoder(kind, published, resolution=64).fingerprint()
+    assert translator.autoencoder.fingerprint() == wanted and translator.autoencoder.card.licence == "mit"
+    again = call("--resolution", 64, "--limit", 1)
+    assert again.code == 0 and "== 1/6 packing" in again.out, again.err
+    other = call("--resolution", 32)
+    assert other.code == 2 and "for another --resolution: name another --out" in other.err
 
 
 def test_the_same_command_continues(finished, folders, tmp_path):
@@ -113,6 +159,7 @@ def test_a_step_that_fails_ends_it(finished, folders):
         (("--names", "a", "b/c"), "--names 'b/c': a name, not a path"),
         (("--test", "nowhere"), "--test nowhere: no such folder"),
         (("--limit", "0"), "--limit must be at least 1"),
+        (("--resolution", "64"), "which is for images of 64 pixels: leave it out"),
     ],
 )
 def test_bad_input_is_seen_before_the_first_step(folders, tmp_path, more, message):

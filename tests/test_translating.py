@@ -107,9 +107,9 @@ def test_paths_have_a_frame_a_step(apples, tmp_path):
                 durations.append(animation.info["duration"])
             assert durations == [120, 120, 1000]
         with Image.open(tmp_path / "out/paths" / picture.name) as strip:
-            assert strip.size == (3 * 96 + 2 * 3, 96)
+            assert strip.width == 3 + 3 * (96 + 3) and strip.height > 99  # a name above each
     [strip] = (tmp_path / "still/paths").glob("*.png")
-    assert Image.open(strip).size == (96, 96) and strip.with_suffix(".gif").exists()
+    assert Image.open(strip).width == 3 + 96 + 3 and strip.with_suffix(".gif").exists()
 
 
 def test_sheets_hold_eight_columns(apples, tmp_path):

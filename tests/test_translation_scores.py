@@ -233,10 +233,10 @@ def test_scores_hold_all_of_it(runs, fruit_shards):
     assert rows["reconstruction"]["lpips_alex"] == pytest.approx(float(apart), rel=1e-5)
     assert "lpips_alex" not in rows["real"] and "mib" not in rows["real"]
     assert rows["real"]["fid_real"] > 0 and all(row["valid"] is False for row in scores.rows)
-    header = [cell.strip() for cell in scores.table().splitlines()[0].split("|")[1:-1]]
+    header = [cell.strip() for cell in scores.table(whole=True).splitlines()[0].split("|")[1:-1]]
     assert header[:2] == ["method", "valid"] and {"kept_accuracy", "lpips_alex", "fid_decoded", "mib"} <= set(header)
     held = sum(t.numel() * t.element_size() for t in translator.autoencoder.state_dict().values()) / 2**20
-    assert held < rows["reconstruction"]["mib"] < rows["translation"]["mib"] < 50
+    assert held < rows["reconstruction"]["mib"] < rows["latent energy"]["mib"] < 50
     larger = score_translations(translator, judge, examples, test, **{**given, "extractor": None, "batch": 8})
     assert larger.rows[1]["mib"] > rows["reconstruction"]["mib"] and "valid" not in larger.table()
     other = read_pixels(ShardDataset([fruit_shards / "orange/test"]))
@@ -278,7 +278,7 @@ def test_the_program_with_everything(tmp_path_factory, tmp_path, weights, monkey
     assert "lpips_alex is left out" in done.err and "lpips_squeeze is" not in done.err
     assert "--random-weights: FID and KID are valid for nothing" in done.err
     rows = [json.loads(line) for line in (tmp_path / "out/translation.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["real", "reconstruction", "mean shift", "translation"]
+    assert [row["method"] for row in rows] == ["real", "reconstruction", "mean shift", "latent energy"]
     for row in rows:
         assert row["valid"] is False and row["weights"].startswith("random ") and row["counts"] == [8, 8]
         mean = (row["kept_factors.content.x"] + row["kept_factors.content.size"]) / 2

@@ -1,4 +1,4 @@
-"""docs/tutorials/: every command is one that the programs take, and those of two pages are run, at tiny size."""
+"""docs/tutorials/: every command is one that the programs take, and they are run, at tiny size."""
 
 import contextlib
 import io
@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from programs import ROOT, _program, run
+from source_trees import celeba_tree
+from test_trackers import HAS_TENSORBOARD
 from test_transfer import TINY
 
 from letit_dist.config import load_config
@@ -92,13 +94,92 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def follow(page):
-    """Run the commands of a page in order."""
+def follow(page, change=None):
+    """Run the commands of a page in order, each on this process alone, as `change` (program, arguments) makes them
+    tiny; where that gives None a command is left out. Returns the programs that were run, and how each ended."""
+    ran = []
     for command in commands(ROOT / "docs/tutorials" / f"{page}.md"):
         name, arguments = program_of(command)
         more = TINY if name in ("launch/transfer.py", "launch/train_energy.py") else ()
-        done = run(name, *arguments, *more)
+        words = [*arguments, *more] if change is None else change(name, arguments)
+        if words is None:
+            continue
+        done = run(name, *words)
         assert done.code == 0, (command, done.err)
+        ran.append((name, done))
+    return ran
+
+
+SMALLER = {"1024": "32", "512": "16", "256": "8", "128": "4"}  # pixels
+TINY_ALAE = (
+    *("autoencoder.resolution=32", "autoencoder.start_channels=8", "autoencoder.max_channels=16"),
+    *("autoencoder.latent_dim=16", "autoencoder.mapping_layers=2", "recipe.growth.images_per_level=16"),
+    *("recipe.optimizer.learning_rate=0.002", "training.images=80", "training.batch=16", "training.microbatch=8"),
+    *("intervals.report=16", "intervals.samples=80", "intervals.checkpoint=40", "data.workers=0"),
+)
+
+
+def test_the_page_of_a_cluster_can_be_followed_on_one_process(place):
+    (place / "ffhq").mkdir()
+    for number in range(8):
+        Image.fromarray(fruit("apple", 0, number, 32)[0]).resize((1024, 1024)).save(place / f"ffhq/{number:05d}.png")
+    assert run("shards/pack.py", place / "photos/cats", "--out", place / "data/man", "--resolution", 32).code == 0
+
+    def change(name, arguments):
+        if name == "shards/pack.py":
+            return [SMALLER.get(word, word) for word in arguments]
+        kept = [word for word in arguments if HAS_TENSORBOARD or "tensorboard" not in word]
+        return [*kept, *TINY_ALAE] if name == "launch/pretrain.py" else arguments
+
+    ran = follow("cluster", change)
+    assert [name.rpartition("/")[2] for name, _ in ran] == [
+        *("pack.py", "check.py", "pretrain.py", "pretrain.py", "pretrain.py", "encode_latents.py")
+    ]
+    assert "16 ranks" in ran[2][1].out
+    assert bool(list((place / "runs/ffhq1024").rglob("tensorboard/**/events*"))) == HAS_TENSORBOARD
+    lines = (place / "runs/ffhq1024/stats.jsonl").read_text().splitlines()
+    assert len(lines) == 5  # the second command found the run finished
+    assert (place / "data/latents/man/index.json").is_file()
+
+
+# Commands of the page that need what is not drawn here, and where they are run instead.
+ELSEWHERE = {
+    "launch/pretrain.py": "tests/test_start_from.py",
+    "eval/backbones.py": "tests/test_backbones.py",
+    "eval/fidelity.py": "tests/test_fidelity.py",
+}
+
+
+def test_the_page_of_the_paper_can_be_followed_at_tiny_size(place, chain):
+    (place / "ffhq").mkdir()
+    shutil.copy(ROOT / "tests/golden/alae_checkpoint.pth", place / "ffhq/model_submitted.pth")
+    celeba_tree(place / "celeba")
+    export = ("launch/export.py", "--from", "alae", "ffhq/model_submitted.pth", "--out", "first")
+    assert run(*export).code == 0
+    for domain, pictures in (("man", "cats"), ("woman", "dogs")):
+        pack = ("shards/pack.py", f"photos/{pictures}", "--out", f"data/{domain}", "--resolution", 128, "--holdout", 6)
+        assert run(*pack, "--domain", domain).code == 0
+        given = ("--autoencoder", "first", "--shards", f"data/{domain}/train", "--out", f"data/latents/{domain}")
+        assert run("launch/encode_latents.py", *given).code == 0
+    shared = [f"autoencoder={chain.autoencoder}"]
+    shared += [f"data.{side}={chain.latents(style)}" for side, style in (("source", "apple"), ("target", "orange"))]
+    small = [setting for setting in TINY if not setting.startswith("energy.")]
+
+    def change(name, arguments):
+        assert name not in ELSEWHERE or (ROOT / ELSEWHERE[name]).is_file()
+        if name in ELSEWHERE:
+            return None
+        if name == "launch/train_energy.py":
+            # The backbones of these files are many GPUs' work: one of the tests' own in their place.
+            return [*arguments, *small, *([*shared, "energy.multiplier=1"] if "vqvae2" in arguments[0] else [])]
+        return None if arguments[0] == "pies" else arguments  # which tests/test_pies.py draws
+
+    ran = [name for name, _ in follow("paper", change)]
+    assert ran.count("launch/train_energy.py") == 5 and ran.count("eval/paper.py") == 3
+    assert {"launch/export.py", "shards/pack.py", "eval/weights.py"} < set(ran)
+    energies = ("man2woman", "apple2orange", "photo2vangogh", "photo2ukiyo", "apple2orange_finetuned")
+    assert all(list((place / "runs" / energy / "export").iterdir()) for energy in energies)
+    assert (place / "figures/shift").is_dir() and (place / "figures/compare").is_dir()
 
 
 def test_the_page_of_two_folders_can_be_followed(place):

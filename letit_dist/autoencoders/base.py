@@ -47,6 +47,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.extra: dict[str, Any] = {}  # what the folder that this was read from holds beside the weights
+        self.card: Card | None = None  # what its README.md says
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to latents (B, *latent_shape)."""
@@ -124,14 +125,15 @@ class Autoencoder(nn.Module):
         return pretrained.tensors_fingerprint(as_tree(self.config), self.state_dict())
 
     def save_pretrained(self, folder: str | Path, *, card: Card | None = None, **extra: Any) -> None:
-        """Write config.json and model.safetensors; `extra` (plain values) is kept in config.json, and with `card`
-        there is a README.md."""
+        """Write config.json and model.safetensors; `extra` (plain values) is kept in config.json, and with a
+        `card` (or one that this was read with) there is a README.md."""
+        card = card or self.card
         text = None if card is None else self._card_text(card, extra)
         pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra, card=text)
 
     def push_to_hub(self, repo_id: str, *, card: Card | None = None, private: bool = True, **extra: Any) -> str:
         """Send what `save_pretrained` writes, `self.extra` included, to the Hugging Face Hub; returns its address."""
-        kept, card = {**self.extra, **extra}, card or Card()
+        kept, card = {**self.extra, **extra}, card or self.card or Card()
         return hub.push(lambda folder: self.save_pretrained(folder, card=card, **kept), repo_id, private=private)
 
     def _card_text(self, card: Card, extra: dict[str, Any]) -> str:
@@ -161,7 +163,7 @@ class Autoencoder(nn.Module):
         if not isinstance(model, cls):
             raise UserError(f"{folder}: holds a {type(model).__name__} ({config.kind}), not a {cls.__name__}")
         pretrained.load_exactly(model, tensors, Path(folder) / pretrained.WEIGHTS)
-        model.extra = pretrained.read_extra(folder)
+        model.extra, model.card = pretrained.read_extra(folder), Card.read(folder)
         return model.eval().requires_grad_(False)
 
     def start_from(self, folder: str | Path) -> dict[str, str]:

@@ -40,7 +40,8 @@ def save_translators(
     translators: Sequence[Translator], folder: str | Path, *, card: Card | None = None, with_autoencoder: bool = False
 ) -> None:
     """Write translators of one autoencoder to a folder, whole or not at all; a README.md that is there stays unless
-    there is a `card`. Raises UserError for a folder that holds anything else, and for several autoencoders."""
+    there is a `card`, and a new one without says what the energies' own cards do. Raises UserError for a folder that
+    holds anything else, and for several autoencoders."""
     folder = Path(os.path.abspath(folder))
     autoencoder = translators[0].autoencoder
     fingerprint = autoencoder.fingerprint()
@@ -57,12 +58,14 @@ def save_translators(
             extra = translator.energy.extra
             name = _name(extra.get("source"), extra.get("target"), energies)
             extra = {**extra, "autoencoder_fingerprint": fingerprint, "langevin": as_tree(translator.sampler.config)}
-            translator.energy.save_pretrained(beside / _ENERGIES / name, **extra)
+            known = translator.energy.card or card or Card()
+            translator.energy.save_pretrained(beside / _ENERGIES / name, card=known, **extra)
             energies[name] = {key: extra.get(key) for key in ("source", "target", "langevin")}
             energies[name]["fingerprint"] = translator.energy.fingerprint()
         named = {"fingerprint": fingerprint, "kind": autoencoder.config.kind, "origin": _origin(translators[0])}
         if with_autoencoder:
-            autoencoder.save_pretrained(beside / _AUTOENCODER, **autoencoder.extra)
+            known = autoencoder.card or Card()
+            autoencoder.save_pretrained(beside / _AUTOENCODER, card=known, **autoencoder.extra)
             named["origin"] = _AUTOENCODER
         tree = {
             "kind": KIND,
@@ -75,7 +78,8 @@ def save_translators(
         if card is None and (folder / CARD).is_file():
             shutil.copyfile(folder / CARD, beside / CARD)
         else:
-            (beside / CARD).write_text(_card_text(card or Card(), tree), encoding="utf-8")
+            own = card or Card.together(translator.energy.card for translator in translators)
+            (beside / CARD).write_text(_card_text(own, tree, autoencoder.card or Card()), encoding="utf-8")
         pretrained.swap_in(beside, folder)
     except OSError as error:
         raise UserError(f"cannot write translators to {folder}: {error}") from error
@@ -98,7 +102,7 @@ def _name(source: str | None, target: str | None, taken: dict[str, Any]) -> str:
     return name
 
 
-def _card_text(card: Card, tree: dict[str, Any]) -> str:
+def _card_text(card: Card, tree: dict[str, Any], of_autoencoder: Card) -> str:
     ways = {
         f"{one['source'] or 'any'} to {one['target'] or 'target'}": f"{one['langevin']['steps']} steps of "
         f"{one['langevin']['step_size']:g}, noise {one['langevin']['noise_scale']:g}, energy {one['fingerprint']}"
@@ -106,6 +110,8 @@ def _card_text(card: Card, tree: dict[str, Any]) -> str:
     }
     facts = {**ways, "images": f"{tree['resolution']} pixels"}
     facts["autoencoder"] = f"{tree['autoencoder']['kind']}, fingerprint {tree['autoencoder']['fingerprint']}"
+    described = {"data": of_autoencoder.data, "licence": of_autoencoder.licence}
+    facts |= {f"{name} of the autoencoder": value for name, value in described.items() if value}
     several = f', to="{next(iter(tree["energies"].values()))["target"]}"' if len(ways) > 1 else ""
     use = (
         "import letit_dist\nfrom PIL import Image\n\n"

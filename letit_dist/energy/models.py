@@ -6,7 +6,8 @@ published code trains f = -E; `interchange.energy` flips the last layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -84,6 +85,7 @@ class EnergyModel(nn.Module):
             raise UserError(f"energy of kind {config.kind!r}: the conditions are not known yet, use build_energy")
         self.config = config
         self.extra: dict[str, Any] = {}  # what the folder that this was read from holds beside the weights
+        self.card: Card | None = None  # what its README.md says
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -120,7 +122,7 @@ class EnergyModel(nn.Module):
             for name, tensor in self.state_dict().items()
         }
         alone.load_state_dict(tensors)
-        alone.extra = self.extra
+        alone.extra, alone.card = self.extra, self.card
         return alone.to(next(self.parameters()).device).train(self.training).requires_grad_(False)
 
     def _chosen(self, energies: Tensor, condition: Tensor | None) -> Tensor:
@@ -134,15 +136,23 @@ class EnergyModel(nn.Module):
         return pretrained.tensors_fingerprint(as_tree(self.config), self.state_dict())
 
     def save_pretrained(self, folder: str | Path, *, card: Card | None = None, **extra: Any) -> str:
-        """Write config.json and model.safetensors, `extra` beside the config, and with `card` a README.md; returns
-        the fingerprint."""
+        """Write config.json and model.safetensors, `extra` beside the config, and with a `card` (or one that this was
+        read with) a README.md; returns the fingerprint."""
+        card = card or self.card
         text = None if card is None else self._card_text(card, extra)
         return pretrained.write_folder(folder, as_tree(self.config), self.state_dict(), extra, card=text)
 
     def push_to_hub(self, repo_id: str, *, card: Card | None = None, private: bool = True, **extra: Any) -> str:
         """Send what `save_pretrained` writes, `self.extra` included, to the Hugging Face Hub; returns its address."""
-        kept, card = {**self.extra, **extra}, card or Card()
+        kept, card = {**self.extra, **extra}, card or self.card or Card()
         return hub.push(lambda folder: self.save_pretrained(folder, card=card, **kept), repo_id, private=private)
+
+    def add_metrics(self, folder: str | Path, metrics: Mapping[str, float]) -> None:
+        """Put what was measured later onto the card of the folder that this was read from; a card that has it stays."""
+        card = self.card or Card()
+        if not metrics.keys() <= card.metrics.keys():
+            card = replace(card, metrics={**card.metrics, **metrics})
+            self.save_pretrained(folder, card=card, **self.extra)
 
     def _card_text(self, card: Card, extra: dict[str, Any]) -> str:
         facts = {
@@ -170,7 +180,7 @@ class EnergyModel(nn.Module):
         if not isinstance(model, cls):
             raise UserError(f"{folder}: holds a {type(model).__name__} ({config.kind}), not a {cls.__name__}")
         pretrained.load_exactly(model, tensors, Path(folder) / pretrained.WEIGHTS)
-        model.extra = pretrained.read_extra(folder)
+        model.extra, model.card = pretrained.read_extra(folder), Card.read(folder)
         return model.eval().requires_grad_(False)
 
 

@@ -20,6 +20,8 @@ from letit_dist.energy.models import EnergyModel, load_energy, split_condition
 from letit_dist.errors import UserError
 from letit_dist.memory import Precision, lowered
 
+METHOD = "latent energy"  # the name of what a Translator does, beside other methods in tables and sheets
+
 
 @dataclass(frozen=True)
 class Translation:

@@ -20,7 +20,7 @@ from letit_dist.data.index import INDEX_NAME, JOURNAL_NAME
 from letit_dist.data.latents import LatentSet
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.transforms import to_images, to_pixels
-from letit_dist.energy.translate import Translator, open_translator
+from letit_dist.energy.translate import METHOD, Translator, open_translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.attributes import Examples, Judge, load_or_train_judge, read_examples
 from letit_dist.evaluation.latents import all_latents
@@ -239,7 +239,7 @@ def _measure(
     )
     write_report(scores, job.out / name)
     by_method = {row["method"]: row for row in scores.rows}
-    moved = by_method["translation"]
+    moved = by_method[METHOD]
     seconds = _seconds(job, name)
     days = training_days(job.energy(name))
     row: dict[str, Any] = {

@@ -20,7 +20,7 @@ from letit_dist.data.transforms import (
     to_pixels,
 )
 from letit_dist.energy.baselines import MeanShift
-from letit_dist.energy.translate import Translator
+from letit_dist.energy.translate import METHOD, Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.comparison_page import comparison_page
 from letit_dist.evaluation.energy_run import EnergyRun
@@ -29,7 +29,7 @@ from letit_dist.evaluation.translating import TranslateOptions
 from letit_dist.files import write_atomically
 from letit_dist.pictures import grid, save_picture
 
-SOURCE, RECONSTRUCTION, MEAN_SHIFT, OURS = "source", "reconstruction", "mean shift", "ours"
+SOURCE, RECONSTRUCTION, MEAN_SHIFT, OURS = "source", "reconstruction", "mean shift", METHOD
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from string import Template
 from torch import Tensor
 
 from letit_dist.data.transforms import encode
+from letit_dist.energy.translate import METHOD
 from letit_dist.evaluation.web_page import page
 
 _STYLE = Template("""
@@ -70,7 +71,7 @@ $images</div>
 
 
 def comparison_page(
-    title: str, names: Sequence[str], rows: Mapping[str, Sequence[Tensor]], chosen: str = "ours"
+    title: str, names: Sequence[str], rows: Mapping[str, Sequence[Tensor]], chosen: str = METHOD
 ) -> str:
     """HTML with every image of `rows`, pixels (3, H, W), as a lossless PNG in it; the first row is the source, and
     `chosen` the method that each picture begins with."""

@@ -22,6 +22,10 @@ def write_lines(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def write_report(scores: Scores, out: Path) -> None:
-    """OUT/translation.jsonl and OUT/translation.png, each written beside and renamed."""
+    """OUT/translation.jsonl, OUT/translation.md and OUT/translation.png, each written beside and renamed."""
     write_lines(scores.rows, out / "translation.jsonl")
+    try:
+        write_atomically(out / "translation.md", f"{scores.table(whole=True)}\n".encode())
+    except OSError as error:
+        raise UserError(f"cannot write {out / 'translation.md'}: {error.strerror or error}") from None
     save_picture(grid(scores.images), out / "translation.png")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from letit_dist.data.progress import Progress
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.transforms import to_images
-from letit_dist.energy.translate import Translator
+from letit_dist.energy.translate import METHOD, Translator
 from letit_dist.errors import UserError
 from letit_dist.evaluation.attributes import Examples, Judge, judge_images, read_factors, read_pixels
 from letit_dist.evaluation.decoded import DecodedFidelity
@@ -35,6 +35,11 @@ _COLUMNS = (
 )
 
 
+# On a terminal; all of them are in the file.
+_SHOWN = {"method", "valid", "target_accuracy", "content_error", "kept_accuracy", "pair_error", "latent_kernel"}
+_SHOWN |= {"l2_to_source", "lpips_alex", "fid_real", "fid_decoded"}
+
+
 @dataclass(frozen=True)
 class Scores:
     """Rows (one a method) and a few images of each, for the sheet."""
@@ -42,10 +47,11 @@ class Scores:
     rows: list[dict[str, Any]]
     images: dict[str, Tensor]
 
-    def table(self) -> str:
-        """The rows as Markdown; single factors, attributes and equal counts stay in the JSON lines."""
+    def table(self, *, whole: bool = False) -> str:
+        """The rows as Markdown, what tells most or the `whole`; factors, attributes and counts stay in the file."""
         hidden = {"valid"} if all(row.get("valid", True) for row in self.rows) else set()
         found = {name for row in self.rows for name in row} - hidden
+        found = found if whole else found & _SHOWN
         return markdown(self.rows, [column for column in _COLUMNS if column in found])
 
 
@@ -140,7 +146,7 @@ def score_translations(
         """MiB of one batch."""
         places = torch.arange(min(batch, len(latents)))
         noise = translator.autoencoder.decoder_noise(seed, places)
-        networks = (translator.autoencoder, *([translator.energy] if name == "translation" else []))
+        networks = (translator.autoencoder, *([translator.energy] if name == METHOD else []))
         held = sum(t.numel() * t.element_size() for n in networks for t in (*n.parameters(), *n.buffers()))
         run = peak_bytes(lambda: translator.decode(move(latents[places], places), noise=noise), translator.device)
         return round((held + run) / 2**20, 3)
@@ -148,7 +154,7 @@ def score_translations(
     moves: dict[str, Move] = {
         "reconstruction": lambda z, _: z,
         **{name: rival.move for name, rival in rivals.items()},
-        "translation": lambda z, places: translator.transport(z, noise=translator.noise(seed, places)).latents,
+        METHOD: lambda z, places: translator.transport(z, noise=translator.noise(seed, places)).latents,
     }
     methods: dict[str, Callable[[], Tensor]] = {
         "real": lambda: to_images(pixels),

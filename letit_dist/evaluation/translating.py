@@ -200,7 +200,8 @@ def _write(name: str, result: _Chunk, row: int, out: Path, format: str) -> None:
     save_picture(to_picture(result.images[row]), out / f"{name}.{format}", **quality)
     if result.frames:
         frames = [frame[row] for frame in result.frames]
-        save_picture(strip(frames), out / "paths" / f"{name}.png")
+        names = ["reconstruction", *(f"step {step}" for step in range(1, len(frames)))]
+        save_picture(strip(frames, names=names), out / "paths" / f"{name}.png")
         save_animation(frames, out / "paths" / f"{name}.gif")
 
 

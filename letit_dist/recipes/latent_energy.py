@@ -19,6 +19,7 @@ from letit_dist.energy.baselines import MeanShift
 from letit_dist.energy.langevin import LangevinConfig, LangevinResult, LangevinSampler
 from letit_dist.energy.models import EnergyModel, condition_of
 from letit_dist.energy.objective import contrastive_loss
+from letit_dist.energy.translate import METHOD
 from letit_dist.recipes.base import Batch, Phase, Recipe, RecipeConfig, StepResult
 from letit_dist.registry import RECIPES
 
@@ -132,13 +133,13 @@ class LatentEnergyRecipe(Recipe):
         return StepResult(loss, {**metrics, "moved": moved})
 
     def samples(self, batch: Batch) -> dict[str, Tensor]:
-        """Decoded: source latents, mean shift, translation, and target latents for comparison."""
+        """Decoded: source latents (so reconstructions), mean shift, the energy's translations, and target latents."""
         source = self.latents(batch, "source")
         rows = {
-            "source": source,
+            "reconstruction": source,
             "mean shift": self._mean_shifted(source, batch.data.get("pair")),
-            "translation": self.transport(source, batch).latents,
-            "target": self.latents(batch, "target"),
+            METHOD: self.transport(source, batch).latents,
+            "target reconstructed": self.latents(batch, "target"),
         }
         with torch.no_grad():
             return {name: self.autoencoder.decode(latents) for name, latents in rows.items()}
@@ -158,7 +159,7 @@ class LatentEnergyRecipe(Recipe):
             methods: dict[str, Callable[[Tensor], Tensor]] = {
                 "source": lambda latents: latents,
                 "mean shift": shift.translate,
-                "translation": partial(_end, plain, energy),
+                METHOD: partial(_end, plain, energy),
             }
             yield Direction(pair, energy, methods)
 

@@ -92,6 +92,12 @@ class StatsFile:
                 continue  # the line that a kill cut in half
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
 
+    def last(self) -> dict[str, Any]:
+        """The newest line without what depends on the machine's clock; empty where there is none."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        record = json.loads(lines[-1]) if lines else {}
+        return {name: value for name, value in record.items() if name != "images_per_second"}
+
     def append(self, record: dict[str, Any]) -> None:
         """Add one line."""
         with self.path.open("a", encoding="utf-8") as stream:

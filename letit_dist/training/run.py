@@ -10,6 +10,7 @@ import platform
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 import letit_dist
+from letit_dist.cards import Card
 from letit_dist.config import StrictConfig, Tree, as_tree, differences, parse_config, to_yaml
 from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
@@ -168,12 +170,20 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # Linux counts in KiB
 
 
-def export(trainer: Trainer, **extra: Any) -> Path:
-    """Write the run's result as a pretrained folder under export/ (main process), and say where."""
+def export(trainer: Trainer, card: Card, *, data: str, **extra: Any) -> Path:
+    """Write the run's result as a pretrained folder under export/ (main process), and say where.
+
+    Its model card is `card`, with `data` where that says nothing of them, and with the last line of stats.jsonl. A
+    folder that is there stays, but for a card that says other data or another licence.
+    """
     folder = trainer.run / "export" / f"images-{trainer.images_seen:012d}"
+    old = Card.read(folder) or Card()
+    new = not folder.exists() or card.data not in (None, old.data) or card.licence not in (None, old.licence)
+    card = replace(card, data=card.data or old.data or data, licence=card.licence or old.licence)
+    card = replace(card, metrics={**trainer.stats.last(), **card.metrics})
     with trainer.whole_trained() as recipe:
-        if trainer.is_main and not folder.exists():
-            recipe.save(folder, images_seen=trainer.images_seen, **trainer.origin, **extra)
+        if trainer.is_main and new:
+            recipe.save(folder, card=card, images_seen=trainer.images_seen, **trainer.origin, **extra)
     trainer.accelerator.wait_for_everyone()
     trainer.say(f"exported to {folder} (peak memory of this process: {peak_memory()} MiB)")
     return folder
