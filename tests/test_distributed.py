@@ -35,10 +35,10 @@ TINY = [
 ]
 
 
-def launch(run: Path, shards: Path, *overrides: str, yaml: str | Path | None = None, program="launch/pretrain.py"):
+def launch(run: Path, shards: Path, *overrides: str, yaml: str | Path | None = None, fresh: bool = False):
     """Run the program itself, or under accelerate with one of the shipped files; returns the finished process."""
     train = f"data.train=[{shards / 'apple/train'}, {shards / 'orange/train'}]"
-    return start(program, CONFIG, "--run", run, train, *TINY, *overrides, launch=yaml)
+    return start("launch/pretrain.py", CONFIG, "--run", run, train, *TINY, *overrides, launch=yaml, fresh=fresh)
 
 
 def checkpoint(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -63,7 +63,8 @@ def test_two_ranks_equal_one_in_float64_after_twenty_steps(tmp_path, fruit_shard
     """Weights, codebooks, averages and optimiser state, with noise, restarts and accumulation on."""
     double = [*STEPS20, "training.precision=fp64"]
     started(launch(tmp_path / "one", fruit_shards, *double))
-    two = launch(tmp_path / "two", fruit_shards, *double, "training.microbatch=2", yaml="launch/accelerate/cpu2.yaml")
+    split = (*double, "training.microbatch=2")
+    two = launch(tmp_path / "two", fruit_shards, *split, yaml="launch/accelerate/cpu2.yaml", fresh=True)
     started(two)
     assert "8 = 2 ranks x 2 images x 2 accumulation" in two.stdout
     for name in ("model", "average", "optimizer"):
@@ -153,7 +154,7 @@ def test_deepspeed_resumes_equal_to_itself(tmp_path, fruit_shards, name):
     pytest.importorskip("deepspeed")
     options = [*SHORT, "training.ema_half_life=null"]
     yaml = under(name, tmp_path)
-    started(launch(tmp_path / "ds", fruit_shards, *options, yaml=yaml))
+    started(launch(tmp_path / "ds", fruit_shards, *options, yaml=yaml, fresh=True))
     again = half_of(tmp_path / "ds", tmp_path / "again")
     started(launch(again, fruit_shards, *options, yaml=yaml))
     for part in ("model", "optimizer"):

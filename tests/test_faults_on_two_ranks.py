@@ -13,11 +13,12 @@ from letit_dist.training.checkpoint import verify
 pytestmark = pytest.mark.ranks
 
 
-def launch(run: Path, shards: Path, fault: str, *options: str):
+def launch(run: Path, shards: Path, fault: str, *options: str, fresh: bool = False):
     """Both ranks under accelerate with the shipped file; the finished process and the seconds it took."""
     begun = time.monotonic()
     path = f"{ROOT}:{ROOT / 'tests'}"
-    done = start("tests/faulty_run.py", run, shards, fault, options=options, timeout=300, PYTHONPATH=path)
+    words = ("tests/faulty_run.py", run, shards, fault)
+    done = start(*words, options=options, timeout=300, fresh=fresh, PYTHONPATH=path)
     return done, time.monotonic() - begun
 
 
@@ -84,7 +85,7 @@ def test_the_launcher_starts_the_ranks_again_and_they_go_on(tmp_path, fruit_shar
     # Ranks that are started again may not find in torchrun's store where the dead ones listened.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ("--max_restarts", "1", "--rdzv_backend", "c10d")
-    done, _ = launch(tmp_path / "run", fruit_shards, "kill once", *options)
+    done, _ = launch(tmp_path / "run", fruit_shards, "kill once", *options, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at 48 of 128 images" in done.stdout
     assert_same_end(tmp_path / "run", unbroken)
