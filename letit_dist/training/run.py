@@ -27,20 +27,26 @@ if TYPE_CHECKING:
 
 # What may change between two starts of a run, because by construction it changes no result.
 _FREE = (
-    *("data.workers", "data.cache", "data.cache_gib", "intervals"),
+    *("data.workers", "data.cache", "data.cache_gib", "data.verify", "intervals"),
     *("training.microbatch", "training.recompute_from", "training.timeout", "training.trackers"),
 )
+# What a run that is not at its end may go on with as well, so that one whose loss diverged need not begin again: its
+# result is then another, and CHANGES in its folder says from where on.
+_TUNABLE = ("recipe.optimizer.learning_rate",)
+CHANGES = "changes.jsonl"
 
 
-def _without_free(tree: Tree) -> Tree:
-    tree = json.loads(json.dumps(tree))
-    for path in _FREE:
-        node, *rest = path.split(".")
-        if rest and isinstance(tree.get(node), dict):
-            tree[node].pop(rest[0], None)
-        elif not rest:
-            tree.pop(node, None)
-    return tree
+def _split(tree: Tree, paths: tuple[str, ...]) -> tuple[Tree, Tree]:
+    """(the tree without these keys, their values by path)."""
+    tree, taken = json.loads(json.dumps(tree)), {}
+    for path in paths:
+        *sections, key = path.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict) and key in node:
+            taken[path] = node.pop(key)
+    return tree, taken
 
 
 # Lock files stay open, and so locked, until this process ends; by folder, since one process may open it again.
@@ -63,14 +69,33 @@ def _lock(folder: Path) -> None:
     _HELD[folder.resolve()] = handle
 
 
-def open_run(folder: Path, config: StrictConfig) -> None:
-    """Claim `folder` for this configuration (main process only).
+def _newest(folder: Path) -> int:
+    """Images of the newest checkpoint, going by its name; 0 without any."""
+    return max((int(path.name[-12:]) for path in (folder / "checkpoints").glob("images-*")), default=0)
+
+
+def _say_changes(folder: Path, before: Tree, after: Tree) -> list[str]:
+    """Append them to CHANGES; returns a line for each."""
+    seen, lines = _newest(folder), []
+    with (folder / CHANGES).open("a", encoding="utf-8") as stream:
+        for key in before:
+            change = {"images_seen": seen, "key": key, "before": before[key], "after": after[key]}
+            stream.write(json.dumps(change) + "\n")
+            lines.append(f"{key}: {before[key]} -> {after[key]} from {seen} images on (noted in {CHANGES})")
+    return lines
+
+
+def open_run(folder: Path, config: StrictConfig) -> list[str]:
+    """Claim `folder` for this configuration (main process only); returns a line for each key that an unfinished run
+    goes on with another value of.
 
     The same configuration again resumes; another one is a UserError that lists the differences and touches
     nothing.
     """
     path = folder / "config.yaml"
     tree = as_tree(config)
+    before: Tree = {}
+    after: Tree = {}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, expected a run folder")
     if path.exists():
@@ -82,7 +107,11 @@ def open_run(folder: Path, config: StrictConfig) -> None:
             raise UserError(f"{path} cannot be read: name another run folder with --run")
         with contextlib.suppress(UserError):  # keys that are newer than the run have their defaults there
             saved = as_tree(parse_config(type(config), saved))
-        lines = differences(_without_free(saved), _without_free(tree))
+        (saved, _), (new, _) = _split(saved, _FREE), _split(tree, _FREE)
+        if _newest(folder) < new.get("training", {}).get("images", 0):
+            (saved, before), (new, after) = _split(saved, _TUNABLE), _split(new, _TUNABLE)
+            before = {key: value for key, value in before.items() if key in after and value != after[key]}
+        lines = differences(saved, new)
         if lines:
             listed = "\n".join(f"  {line}" for line in lines)
             raise UserError(
@@ -93,10 +122,12 @@ def open_run(folder: Path, config: StrictConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
+        said = _say_changes(folder, before, after) if before else []
         write_atomically(path, to_yaml(config).encode())
         write_atomically(folder / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write into the run folder {folder}: {error.strerror or error}") from error
+    return said
 
 
 def starts_anew(folder: Path) -> bool:

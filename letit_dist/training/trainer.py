@@ -275,7 +275,8 @@ class Trainer:
         raise UserError(
             f"the loss of phase {phase.name!r} is {why} at {self.images_seen} images "
             f"(this rank: {mine:g}); the weights were not changed by it and {self._saved}. "
-            f"Lower recipe.optimizer.learning_rate{self.recipe.divergence_hint} and start again in a new folder"
+            f"The same command with a lower recipe.optimizer.learning_rate "
+            f"{'goes on from there' if self._saved_at > 0 else 'begins again'}{self.recipe.divergence_hint}"
         )
 
     def _agree(self, batch: Batch) -> bool:
