@@ -103,13 +103,13 @@ def under(name: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory, fruit_shards):
-    """Ten batches of DDP in float32, with a checkpoint half-way: what DeepSpeed is held to."""
+    """Twenty batches of DDP in float32, with a checkpoint half-way: what DeepSpeed is held to."""
     run = tmp_path_factory.mktemp("ddp") / "run"
     started(launch(run, fruit_shards, *SHORT, yaml="launch/accelerate/cpu2.yaml"))
     return run
 
 
-SHORT = ["training.images=80", "intervals.checkpoint=40", "training.microbatch=2"]
+SHORT = ["training.images=160", "intervals.checkpoint=80", "training.microbatch=2"]
 
 
 def half_of(run: Path, to: Path) -> Path:
@@ -123,7 +123,7 @@ def half_of(run: Path, to: Path) -> Path:
 
 
 def assert_rounding(run: Path, other: Path) -> None:
-    """Equal but for the order of float32 additions, over ten steps: weights, codebooks, average, Adam's moments."""
+    """Equal but for the order of float32 additions, over twenty steps: weights, codebooks, average, Adam's moments."""
     for name in ("model", "average", "optimizer"):
         assert_close(checkpoint(run, name), checkpoint(other, name), rtol=1e-5, atol=1e-6)
 
@@ -135,12 +135,13 @@ def test_deepspeed_is_ddp_and_its_checkpoints_belong_to_any_number_of_ranks(tmp_
     yaml = under(name, tmp_path)
     started(launch(tmp_path / "ds", fruit_shards, *SHORT, yaml=yaml))
     assert_rounding(tmp_path / "ds", ddp)
+    assert_same_numbers(tmp_path / "ds", ddp, rel=1e-5)
     assert len(checkpoint(ddp, "optimizer")) > 100
 
     alone = half_of(tmp_path / "ds", tmp_path / "alone")
     again = launch(alone, fruit_shards, *SHORT)
     started(again)
-    assert "resumed at 40 of 80 images" in again.stdout
+    assert "resumed at 80 of 160 images" in again.stdout
     assert_rounding(alone, ddp)
 
     taken = half_of(ddp, tmp_path / "taken")
@@ -231,6 +232,39 @@ def test_two_ranks_equal_one_over_the_phases_and_levels_of_alae(tmp_path, fruit_
         assert_close(checkpoint(tmp_path / "two", name), one, rtol=1e-9, atol=1e-9)
     model = checkpoint(tmp_path / "one", "model")
     assert model["autoencoder.w_mean"].std() > 0 and model["autoencoder.w_mean"].dtype == torch.float64
+
+    # From mid-growth on with another number of ranks: each continues what the other began.
+    whole = {name: checkpoint(tmp_path / "one", name) for name in ("model", "average", "optimizer")}
+    ways = (("one", "4,2,2,1", "launch/accelerate/cpu2.yaml"), ("two", "8,8,4,4", None))
+    for run, microbatches, yaml in ways:
+        max((tmp_path / run / "checkpoints").glob("images-*")).rename(tmp_path / f"aside of {run}")
+        again = launch_tiny_alae(tmp_path / run, fruit_shards, "fp64", microbatches, yaml)
+        started(again)
+        assert "resumed at 64 of 128 images" in again.stdout
+        for name, tensors in whole.items():
+            assert_close(checkpoint(tmp_path / run, name), tensors, rtol=1e-9, atol=1e-9)
+
+
+def test_two_ranks_equal_one_where_phases_have_their_turns_in_some_batches_only(tmp_path, fruit_shards):
+    """Every second and every third batch, and none in others; a mean over the batch in one of the phases."""
+    for run, microbatch, yaml in (("one", 8, None), ("two", 2, "launch/accelerate/cpu2.yaml")):
+        started(start("tests/two_phases.py", tmp_path / run, fruit_shards, "fp64", microbatch, launch=yaml))
+    for name in ("model", "average", "optimizer"):
+        one = checkpoint(tmp_path / "one", name)
+        assert_close(checkpoint(tmp_path / "two", name), one, rtol=1e-9, atol=1e-9)
+    steps = {key: int(value) for key, value in one.items() if key.startswith("step/")}
+    assert steps == {"step/a.weight": 8, "step/a.bias": 8, "step/b.weight": 6, "step/b.bias": 6}
+    assert checkpoint(tmp_path / "one", "model")["moved"].std() > 0
+    assert_same_numbers(tmp_path / "two", tmp_path / "one", rel=1e-9)
+
+
+def assert_same_numbers(run: Path, other: Path, rel: float) -> None:
+    """Every line of stats.jsonl but for the clock."""
+    sides = [[json.loads(line) for line in (r / "stats.jsonl").read_text().splitlines()] for r in (run, other)]
+    assert len(sides[0]) == len(sides[1]) > 1
+    for mine, theirs in zip(*sides, strict=True):
+        del mine["images_per_second"], theirs["images_per_second"]
+        assert mine == pytest.approx(theirs, rel=rel, abs=1e-12)
 
 
 @pytest.mark.parametrize("file", [*(pytest.param(n, marks=pytest.mark.full) for n in DEEPSPEED[:2]), "ffhq1024"])
