@@ -38,7 +38,7 @@ class TwoPhases(Recipe):
         if phase == "second":
             both = torch.cat([hidden.new_full((1,), len(hidden)), hidden.detach().sum(0)])
             self.collected = both if self.collected is None else self.collected + both
-        loss = (self.b(hidden + 0.1 * noise) - (phase == "second")).square().mean()
+        loss = (self.b(hidden + 0.1 * noise) - float(phase == "second")).square().mean()
         return StepResult(loss, {f"hidden_{phase}": hidden.detach().mean()})
 
     def sums(self):
