@@ -275,22 +275,21 @@ def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, file):
     options = (fruit_shards, "fp32", "4,2,2,1")
     started(launch_tiny_alae(tmp_path / "ddp", *options, "launch/accelerate/cpu2.yaml"))
     started(launch_tiny_alae(tmp_path / "ds", *options, yaml))
-    whole = {name: checkpoint(tmp_path / "ds", name) for name in ("model", "average")}
-    for name, tensors in whole.items():
-        # Adam without a first moment makes steps as long as the rate (1e-3) where a gradient is rounding: no entry may
-        # be further off than five such steps, and all of them together not by a tenth of one.
-        expected = checkpoint(tmp_path / "ddp", name)
-        assert_close(tensors, expected, rtol=0, atol=5e-3)
-        gaps = torch.cat([(tensors[key] - expected[key]).flatten() for key in expected])
-        assert gaps.square().mean().sqrt() < 1e-4
-
-    optimizer = checkpoint(tmp_path / "ds", "optimizer")
+    whole = {name: checkpoint(tmp_path / "ds", name) for name in ("model", "average", "optimizer")}
+    # A step is as long as the rate, 1e-3; what is left are the roundings of another order of sums.
+    for name in ("model", "average"):
+        assert_close(whole[name], checkpoint(tmp_path / "ddp", name), rtol=0, atol=1e-5)
+    # Squared gradients of R1 reach thousands, so each tensor is measured by its own length.
+    expected = checkpoint(tmp_path / "ddp", "optimizer")
+    assert whole["optimizer"].keys() == expected.keys()
+    for name, value in expected.items():
+        assert (whole["optimizer"][name] - value).norm() <= 5e-4 * value.norm(), name
     newest = sorted((tmp_path / "ds" / "checkpoints").glob("images-*"))[-1]
     newest.rename(tmp_path / "aside")
     again = launch_tiny_alae(tmp_path / "ds", *options, yaml)
     started(again)
     assert "resumed at 64 of 128 images" in again.stdout
-    for name, tensors in {**whole, "optimizer": optimizer}.items():
+    for name, tensors in whole.items():
         assert_close(checkpoint(tmp_path / "ds", name), tensors, rtol=0, atol=0)
 
 
