@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.start_from is not None and main_decides(accelerator, lambda: starts_anew(args.run)):
         assert isinstance(recipe.autoencoder, Autoencoder)
         origin = recipe.autoencoder.start_from(config.start_from)
-    main_decides(accelerator, lambda: open_run(args.run, config))
+    changes = main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(
         accelerator,
         recipe,
@@ -116,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         max_bad_fraction=config.data.max_bad_fraction,
         origin=origin,
     )
+    for line in changes:
+        trainer.say(line)
     if origin:
         trainer.say(f"begins with the weights of {origin['parent']} ({origin['parent_fingerprint']})")
     if len(plans) == 1:

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         trackers=config.training.trackers,
         run=args.run,
     )
-    main_decides(accelerator, lambda: open_run(args.run, config))
+    changes = main_decides(accelerator, lambda: open_run(args.run, config))
     trainer = Trainer(
         accelerator,
         recipe,
@@ -121,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         training=config.training,
         intervals=config.intervals,
     )
+    for line in changes:
+        trainer.say(line)
     sizes = [
         f"{name} ({len(side)} latents{'' if side.fields else ', read from disk: too large for memory'})"
         for name, side in zip(feed.names, sides, strict=True)

@@ -166,7 +166,7 @@ def tiny_autoencoder(seed: int = 0, **changes):
     return VQVAE2(VQVAE2Config(**{**sizes, **changes}))
 
 
-def _start(recipe, feed, run: Path, training: dict, intervals: dict, **options):
+def start_trainer(recipe, feed, run: Path, training: dict, intervals: dict, **options):
     """A Trainer in a fresh accelerator; 128 images in batches of 8, checkpoints that the intervals do not share."""
     from letit_dist.schemas import IntervalsConfig, TrainingConfig
     from letit_dist.training.setup import create_accelerator
@@ -208,7 +208,7 @@ def tiny_trainer(
         seed=7,
         precision=training.get("precision", "fp32"),
     )
-    return _start(model, feed(images) if feed else images, run, training, intervals or {}, **options)
+    return start_trainer(model, feed(images) if feed else images, run, training, intervals or {}, **options)
 
 
 def tiny_alae_trainer(run: Path, shards: Path, *, feed=None, training=None, intervals=None, recipe=None):
@@ -239,7 +239,7 @@ def tiny_alae_trainer(run: Path, shards: Path, *, feed=None, training=None, inte
     with torch.no_grad():
         network.generator.const.normal_()
     model = ALAERecipe(config, network, seed=7, precision=training.get("precision", "fp32"))
-    return _start(model, feed(images) if feed else images, run, training, intervals or {})
+    return start_trainer(model, feed(images) if feed else images, run, training, intervals or {})
 
 
 def tiny_energy_trainer(run: Path, latents: Path, *, feed=None, training=None, intervals=None, recipe=None):
@@ -275,7 +275,7 @@ def tiny_energy_trainer(run: Path, latents: Path, *, feed=None, training=None, i
         seed=7,
         precision=training.get("precision", "fp32"),
     )
-    return _start(model, feed(pairs) if feed else pairs, run, training, intervals or {})
+    return start_trainer(model, feed(pairs) if feed else pairs, run, training, intervals or {})
 
 
 class SignalFeed:

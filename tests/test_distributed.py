@@ -35,10 +35,10 @@ TINY = [
 ]
 
 
-def launch(run: Path, shards: Path, *overrides: str, yaml: str | Path | None = None, program="launch/pretrain.py"):
+def launch(run: Path, shards: Path, *overrides: str, yaml: str | Path | None = None, fresh: bool = False):
     """Run the program itself, or under accelerate with one of the shipped files; returns the finished process."""
     train = f"data.train=[{shards / 'apple/train'}, {shards / 'orange/train'}]"
-    return start(program, CONFIG, "--run", run, train, *TINY, *overrides, launch=yaml)
+    return start("launch/pretrain.py", CONFIG, "--run", run, train, *TINY, *overrides, launch=yaml, fresh=fresh)
 
 
 def checkpoint(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -63,7 +63,8 @@ def test_two_ranks_equal_one_in_float64_after_twenty_steps(tmp_path, fruit_shard
     """Weights, codebooks, averages and optimiser state, with noise, restarts and accumulation on."""
     double = [*STEPS20, "training.precision=fp64"]
     started(launch(tmp_path / "one", fruit_shards, *double))
-    two = launch(tmp_path / "two", fruit_shards, *double, "training.microbatch=2", yaml="launch/accelerate/cpu2.yaml")
+    split = (*double, "training.microbatch=2")
+    two = launch(tmp_path / "two", fruit_shards, *split, yaml="launch/accelerate/cpu2.yaml", fresh=True)
     started(two)
     assert "8 = 2 ranks x 2 images x 2 accumulation" in two.stdout
     for name in ("model", "average", "optimizer"):
@@ -102,13 +103,13 @@ def under(name: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory, fruit_shards):
-    """Ten batches of DDP in float32, with a checkpoint half-way: what DeepSpeed is held to."""
+    """Twenty batches of DDP in float32, with a checkpoint half-way: what DeepSpeed is held to."""
     run = tmp_path_factory.mktemp("ddp") / "run"
     started(launch(run, fruit_shards, *SHORT, yaml="launch/accelerate/cpu2.yaml"))
     return run
 
 
-SHORT = ["training.images=80", "intervals.checkpoint=40", "training.microbatch=2"]
+SHORT = ["training.images=160", "intervals.checkpoint=80", "training.microbatch=2"]
 
 
 def half_of(run: Path, to: Path) -> Path:
@@ -122,7 +123,7 @@ def half_of(run: Path, to: Path) -> Path:
 
 
 def assert_rounding(run: Path, other: Path) -> None:
-    """Equal but for the order of float32 additions, over ten steps: weights, codebooks, average, Adam's moments."""
+    """Equal but for the order of float32 additions, over twenty steps: weights, codebooks, average, Adam's moments."""
     for name in ("model", "average", "optimizer"):
         assert_close(checkpoint(run, name), checkpoint(other, name), rtol=1e-5, atol=1e-6)
 
@@ -136,12 +137,13 @@ def test_deepspeed_is_ddp_and_its_checkpoints_belong_to_any_number_of_ranks(tmp_
     yaml = under(name, tmp_path)
     started(launch(tmp_path / "ds", fruit_shards, *SHORT, yaml=yaml))
     assert_rounding(tmp_path / "ds", ddp)
+    assert_same_numbers(tmp_path / "ds", ddp, rel=1e-5)
     assert len(checkpoint(ddp, "optimizer")) > 100
 
     alone = half_of(tmp_path / "ds", tmp_path / "alone")
     again = launch(alone, fruit_shards, *SHORT)
     started(again)
-    assert "resumed at 40 of 80 images" in again.stdout
+    assert "resumed at 80 of 160 images" in again.stdout
     assert_rounding(alone, ddp)
 
     taken = half_of(ddp, tmp_path / "taken")
@@ -155,7 +157,7 @@ def test_deepspeed_resumes_equal_to_itself(tmp_path, fruit_shards, name):
     pytest.importorskip("deepspeed")
     options = [*SHORT, "training.ema_half_life=null"]
     yaml = under(name, tmp_path)
-    started(launch(tmp_path / "ds", fruit_shards, *options, yaml=yaml))
+    started(launch(tmp_path / "ds", fruit_shards, *options, yaml=yaml, fresh=True))
     again = half_of(tmp_path / "ds", tmp_path / "again")
     started(launch(again, fruit_shards, *options, yaml=yaml))
     for part in ("model", "optimizer"):
@@ -233,6 +235,39 @@ def test_two_ranks_equal_one_over_the_phases_and_levels_of_alae(tmp_path, fruit_
     model = checkpoint(tmp_path / "one", "model")
     assert model["autoencoder.w_mean"].std() > 0 and model["autoencoder.w_mean"].dtype == torch.float64
 
+    # From mid-growth on with another number of ranks: each continues what the other began.
+    whole = {name: checkpoint(tmp_path / "one", name) for name in ("model", "average", "optimizer")}
+    ways = (("one", "4,2,2,1", "launch/accelerate/cpu2.yaml"), ("two", "8,8,4,4", None))
+    for run, microbatches, yaml in ways:
+        max((tmp_path / run / "checkpoints").glob("images-*")).rename(tmp_path / f"aside of {run}")
+        again = launch_tiny_alae(tmp_path / run, fruit_shards, "fp64", microbatches, yaml)
+        started(again)
+        assert "resumed at 64 of 128 images" in again.stdout
+        for name, tensors in whole.items():
+            assert_close(checkpoint(tmp_path / run, name), tensors, rtol=1e-9, atol=1e-9)
+
+
+def test_two_ranks_equal_one_where_phases_have_their_turns_in_some_batches_only(tmp_path, fruit_shards):
+    """Every second and every third batch, and none in others; a mean over the batch in one of the phases."""
+    for run, microbatch, yaml in (("one", 8, None), ("two", 2, "launch/accelerate/cpu2.yaml")):
+        started(start("tests/two_phases.py", tmp_path / run, fruit_shards, "fp64", microbatch, launch=yaml))
+    for name in ("model", "average", "optimizer"):
+        one = checkpoint(tmp_path / "one", name)
+        assert_close(checkpoint(tmp_path / "two", name), one, rtol=1e-9, atol=1e-9)
+    steps = {key: int(value) for key, value in one.items() if key.startswith("step/")}
+    assert steps == {"step/a.weight": 8, "step/a.bias": 8, "step/b.weight": 6, "step/b.bias": 6}
+    assert checkpoint(tmp_path / "one", "model")["moved"].std() > 0
+    assert_same_numbers(tmp_path / "two", tmp_path / "one", rel=1e-9)
+
+
+def assert_same_numbers(run: Path, other: Path, rel: float) -> None:
+    """Every line of stats.jsonl but for the clock."""
+    sides = [[json.loads(line) for line in (r / "stats.jsonl").read_text().splitlines()] for r in (run, other)]
+    assert len(sides[0]) == len(sides[1]) > 1
+    for mine, theirs in zip(*sides, strict=True):
+        del mine["images_per_second"], theirs["images_per_second"]
+        assert mine == pytest.approx(theirs, rel=rel, abs=1e-12)
+
 
 @pytest.mark.parametrize("file", [*(pytest.param(n, marks=pytest.mark.full) for n in DEEPSPEED[:3]), "ffhq1024"])
 def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, file):
@@ -242,22 +277,21 @@ def test_alae_under_deepspeed_is_alae_under_ddp(tmp_path, fruit_shards, file):
     options = (fruit_shards, "fp32", "4,2,2,1")
     started(launch_tiny_alae(tmp_path / "ddp", *options, "launch/accelerate/cpu2.yaml"))
     started(launch_tiny_alae(tmp_path / "ds", *options, yaml))
-    whole = {name: checkpoint(tmp_path / "ds", name) for name in ("model", "average")}
-    for name, tensors in whole.items():
-        # Adam without a first moment makes steps as long as the rate (1e-3) where a gradient is rounding: no entry may
-        # be further off than five such steps, and all of them together not by a tenth of one.
-        expected = checkpoint(tmp_path / "ddp", name)
-        assert_close(tensors, expected, rtol=0, atol=5e-3)
-        gaps = torch.cat([(tensors[key] - expected[key]).flatten() for key in expected])
-        assert gaps.square().mean().sqrt() < 1e-4
-
-    optimizer = checkpoint(tmp_path / "ds", "optimizer")
+    whole = {name: checkpoint(tmp_path / "ds", name) for name in ("model", "average", "optimizer")}
+    # A step is as long as the rate, 1e-3; what is left are the roundings of another order of sums.
+    for name in ("model", "average"):
+        assert_close(whole[name], checkpoint(tmp_path / "ddp", name), rtol=0, atol=1e-5)
+    # Squared gradients of R1 reach thousands, so each tensor is measured by its own length.
+    expected = checkpoint(tmp_path / "ddp", "optimizer")
+    assert whole["optimizer"].keys() == expected.keys()
+    for name, value in expected.items():
+        assert (whole["optimizer"][name] - value).norm() <= 5e-4 * value.norm(), name
     newest = sorted((tmp_path / "ds" / "checkpoints").glob("images-*"))[-1]
     newest.rename(tmp_path / "aside")
     again = launch_tiny_alae(tmp_path / "ds", *options, yaml)
     started(again)
     assert "resumed at 64 of 128 images" in again.stdout
-    for name, tensors in {**whole, "optimizer": optimizer}.items():
+    for name, tensors in whole.items():
         assert_close(checkpoint(tmp_path / "ds", name), tensors, rtol=0, atol=0)
 
 

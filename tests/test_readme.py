@@ -43,3 +43,15 @@ def test_what_the_readme_runs_and_links_exists():
 def test_commands_of_the_readme_are_executable():
     for name in ("launch/quickstart.sh", "tests/run.sh", ".ci/run"):
         subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
+
+
+def test_every_fault_names_tests_that_exist():
+    table = README.split("## What a run survives", 1)[1].split("## Files")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 15
+    for row in rows:
+        held = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", row.split("|")[3])
+        assert held, f"no test holds: {row}"
+        for file, name in held:
+            path = ROOT / "tests" / file
+            assert path.is_file() and (not name or f"\ndef {name}(" in path.read_text()), f"{file}::{name}"

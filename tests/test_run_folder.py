@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import runpy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import ROOT, stats_of
 from letit_dist.config import parse_config
 from letit_dist.errors import UserError
 from letit_dist.schemas import PretrainConfig, TrainingConfig
+from letit_dist.training.feeds import ImageFeed
 from letit_dist.training.run import environment, open_run
 
 
@@ -79,7 +81,6 @@ def test_another_configuration_is_refused_with_all_differences_and_touches_nothi
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{tmp_path} belongs to another configuration; name another folder with --run, or undo:"
     assert lines[1:] == [
-        "  recipe.optimizer.learning_rate: 1e-05 -> 2e-05",
         "  data.train: ['shards/a'] -> ['shards/b']",
         "  training.batch: 8 -> 16",
     ]
@@ -155,6 +156,49 @@ def test_a_finished_run_holds_everything_and_is_left_alone(program, tmp_path, ca
     after = contents(run)
     assert {path.name for path in before if before[path] != after.get(path)} <= {"environment.json"}
     assert "complete: 24 of 24 images" in capsys.readouterr().out
+
+
+def test_a_run_whose_loss_diverged_goes_on_with_a_lower_rate(program, tmp_path, capsys, monkeypatch):
+    options = ("intervals.checkpoint=8", "recipe.optimizer.learning_rate=0.01")
+    really = ImageFeed.batches
+
+    def spoilt(feed, *place):
+        for batch in really(feed, *place):
+            yield replace(batch, data={"images": batch.data["images"] * (1 if batch.images_seen < 16 else torch.nan)})
+
+    monkeypatch.setattr(ImageFeed, "batches", spoilt)
+    assert program(*options) == 2
+    said = "The same command with a lower recipe.optimizer.learning_rate goes on from there"
+    assert said in capsys.readouterr().err
+    run = tmp_path / "run"
+    before = {path: data for path, data in contents(run).items() if "checkpoints" in path.parts}
+    assert sorted({path.parent.name[-2:] for path in before}) == ["08", "16"]
+    monkeypatch.undo()
+
+    assert program(options[0], "recipe.optimizer.learning_rate=0.002") == 0
+    assert before.items() <= contents(run).items()
+    out = capsys.readouterr().out
+    assert "recipe.optimizer.learning_rate: 0.01 -> 0.002 from 16 images on (noted in changes.jsonl)" in out
+    assert [line["learning_rate"] for line in stats_of(run)] == [0.01, 0.01, 0.002]
+    (line,) = map(json.loads, (run / "changes.jsonl").read_text().splitlines())
+    key = "recipe.optimizer.learning_rate"
+    assert line == {"images_seen": 16, "key": key, "before": 0.01, "after": 0.002}
+    assert yaml.safe_load((run / "config.yaml").read_text())["recipe"]["optimizer"]["learning_rate"] == 0.002
+    # It is at its end: another rate would change nothing in it.
+    assert program(*options) == 2
+    assert "learning_rate: 0.002 -> 0.01" in capsys.readouterr().err
+    assert len((run / "changes.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_rates_of_all_levels_may_change_and_nothing_beside_them(tmp_path):
+    def rates(*values, **others):
+        return config(recipe__optimizer={"learning_rate": values, "eps": 1e-8, **others})
+
+    assert open_run(tmp_path, rates(0.002, 0.001)) == []
+    line = "recipe.optimizer.learning_rate: [0.002, 0.001] -> [0.001, 0.001] from 0 images on (noted in changes.jsonl)"
+    assert open_run(tmp_path, rates(0.001, 0.001)) == [line]
+    with pytest.raises(UserError, match=r"or undo:\n  recipe.optimizer.decay: None -> \[1, 2\]$"):
+        open_run(tmp_path, rates(0.1, 0.1, decay=(1, 2)))
 
 
 def test_an_export_that_was_lost_is_written_again(program, tmp_path):

@@ -165,6 +165,20 @@ def test_each_phase_moves_its_own_networks_when_its_turn_comes(two_nets):
         assert torch.equal(b, b_next) == (phase != "second")
 
 
+def test_a_batch_in_which_no_phase_has_its_turn_moves_nothing_and_counts(two_nets):
+    trainer = two_nets(ema=8)
+    trainer.recipe.phases = (Phase("first", ("a",), every=2), Phase("second", ("b",), every=3))
+    assert trainer.train() == 0 and trainer.images_seen == 24
+    seen = trainer.recipe.seen
+    turns = ["first", "second", "after", "after", "first", "after", "second", "after", "first", "after", "after"]
+    assert [phase for phase, *_ in seen] == turns
+    assert [line["after"] for line in stats_of(trainer.run)] == [2.0, 2.0, 2.0]
+    # Batches 1 and 5 are those without any: what the next one finds is what they found.
+    after = {images: (a, b) for phase, images, a, b in seen if phase == "after"}
+    for batch in (4, 20):
+        assert all(map(torch.equal, after[batch], after[batch - 4]))
+
+
 def test_phases_go_on_in_their_rhythm_after_a_resume(two_nets):
     whole = two_nets()
     whole.train()

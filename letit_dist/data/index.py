@@ -232,10 +232,17 @@ class Index:
     def hash_problems(self) -> Iterator[tuple[Shard, str | None]]:
         """One (shard, problem or None) after another, as its bytes are hashed."""
         for shard in self.shards:
-            path = self.folder / shard.name
+            yield shard, self.hash_problem(shard)
+
+    def hash_problem(self, shard: Shard) -> str | None:
+        """What is wrong with the bytes of a local shard, or None."""
+        path = self.folder / shard.name
+        try:
             found = hash_file(path)
-            good = found == shard.sha256
-            yield shard, None if good else f"{path}: sha256 {found[:12]}, {INDEX_NAME} says {shard.sha256[:12]}"
+        except OSError as error:
+            return f"{path}: cannot be read: {error.strerror or error}"
+        good = found == shard.sha256
+        return None if good else f"{path}: sha256 {found[:12]}, {INDEX_NAME} says {shard.sha256[:12]}"
 
 
 def _missing(folder: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from letit_dist.data.index import INDEX_NAME, Shard
+from letit_dist.data.index import INDEX_NAME, Index
 from letit_dist.data.order import rank_positions, sample_at
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.writer import ShardWriter
@@ -152,9 +152,9 @@ class LatentSet:
         return len(self.keys)
 
     @property
-    def shards(self) -> Sequence[Shard]:
-        """The files that hold it."""
-        return self._dataset.indexes[0].shards
+    def index(self) -> Index:
+        """Of its shards."""
+        return self._dataset.indexes[0]
 
     def json(self, sample: int) -> dict[str, Any]:
         """What the image's `json` file said, or {}."""

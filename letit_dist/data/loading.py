@@ -44,8 +44,20 @@ def _end_with_parent(parent: int) -> None:
 
 
 def unwrap(items: Iterator[Any]) -> Iterator[Any]:
-    """Pass items on, raising a `Failure` as the UserError it was."""
-    for item in items:
+    """Pass items on, raising a `Failure` as the UserError it was.
+
+    A loader process that has died is a RuntimeError "DataLoader worker ...", as torch has it, also where torch does not
+    notice: tensors are fetched from the process that made them, and there nobody answers.
+    """
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            if not getattr(items, "_num_workers", 0) or str(error).startswith("Caught "):  # raised in our own code
+                raise
+            raise RuntimeError(f"DataLoader worker ended with a batch on its way: {error}") from error
         if isinstance(item, Failure):
             raise UserError(item.message)
         yield item

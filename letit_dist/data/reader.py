@@ -134,7 +134,10 @@ class ShardDataset:
             while 0 < len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
                 data += more
         except OSError as error:
-            raise UserError(f"{path}: cannot read {size} bytes at offset {offset}: {error.strerror}") from None
+            raise UserError(
+                f"{path}: cannot read {size} bytes at offset {offset}: {error.strerror}: "
+                "restore the shard, then the same command continues"
+            ) from None
         if len(data) != size:
             raise UserError(
                 f"{path}: expected {size} bytes at offset {offset}, got {len(data)}: "

@@ -177,7 +177,7 @@ class Recipe(nn.Module):
     inner_gradients: ClassVar[bool] = False
     # A loss beyond this, of either sign, is refused like a non-finite one. None = only non-finite losses are.
     loss_limit: float | None = None
-    divergence_hint = ""  # what else to lower, appended to the message of such a loss
+    divergence_hint = ""  # what else helps, appended to the message of such a loss
 
     def __init__(self, config: RecipeConfig, *, seed: int, precision: str):
         super().__init__()

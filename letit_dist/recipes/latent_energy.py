@@ -57,7 +57,7 @@ class LatentEnergyRecipe(Recipe):
     config_class: ClassVar[type] = LatentEnergyConfig
     inner_gradients: ClassVar[bool] = True
     phases = (Phase("energy", ("energy",)),)
-    divergence_hint = " or recipe.langevin.step_size, or give recipe.l2 a small weight,"
+    divergence_hint = "; or lower recipe.langevin.step_size, or give recipe.l2 a small weight, in a new folder"
     config: LatentEnergyConfig
 
     def __init__(

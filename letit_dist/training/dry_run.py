@@ -129,7 +129,7 @@ class DryRun:
         for name, side in zip(feed.names, feed.domains, strict=True):
             size = sum(values.nbytes for values in side.fields.values())
             held = f"{gib(size)} in the memory of every rank" if side.fields else "read from disk: too large for memory"
-            shards = "1 shard" if len(side.shards) == 1 else f"{len(side.shards)} shards"
+            shards = "1 shard" if len(side.index.shards) == 1 else f"{len(side.index.shards)} shards"
             self.lines.append(f"data: {name}, {len(side)} latents in {shards}, all for every rank; {held}")
 
     def unseen(self, recipe: type[Recipe]) -> None:

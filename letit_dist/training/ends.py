@@ -19,11 +19,13 @@ REPORT = 3.0  # seconds that ranks which were left have to say so: they notice i
 class StopSignals:
     """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint and a clean stop; a second Ctrl-C ends.
 
-    A context: the handlers of before are back after it.
+    A context: the handlers of before are back after it; but not after an error where `several` ranks run, since their
+    launcher sends SIGTERM to those that are about to say what they have lost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, several: bool = False) -> None:
         self.asked = False
+        self._several = several
 
     def _ask(self, number: int, _frame: object) -> None:
         if self.asked and number == signal.SIGINT:
@@ -35,7 +37,9 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._several:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

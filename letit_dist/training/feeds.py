@@ -13,6 +13,7 @@ from letit_dist.data.latents import LatentPairs, LatentSet, PairBatch, pairs_of
 from letit_dist.data.reader import ImageStream, ShardDataset, open_stream
 from letit_dist.data.remote import BlockCache, is_url
 from letit_dist.data.transforms import UnreadableImage, fast_decoders, to_images
+from letit_dist.data.verifying import Verification
 from letit_dist.errors import UserError
 from letit_dist.memory import GIB
 from letit_dist.recipes.base import Batch
@@ -61,6 +62,7 @@ class ImageFeed:
         self.resolution: int | None = None
         if self.dataset is not None and resolution is not None and self.dataset.stores(resolution):
             self.dataset, self.resolution = self.dataset.at(resolution), resolution
+        self._verification: Verification | None = None
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -101,7 +103,12 @@ class ImageFeed:
         )
         if stream.notice and rank == 0:
             print(stream.notice, flush=True)
-        for number, item in enumerate(stream):
+        items = iter(stream)  # forks the loader processes, while this one has no thread of the verification yet
+        if self.dataset is not None and self.config.verify == "hashes" and self._verification is None:
+            self._verification = Verification(self.dataset.indexes)
+        for number, item in enumerate(items):
+            if self._verification:
+                self._verification.require()
             images = to_images(item.pixels.to(self.device, non_blocking=True))
             yield Batch({"images": images}, item.positions, images_seen + number * batch, batch, tuple(item.bad))
 
@@ -157,6 +164,7 @@ class LatentFeed:
         self.by_size = by_size
         self.pairs = pairs_of(len(domains)) if every_way else [(0, 1)]
         self.names = [domain.meta["domain"] for domain in domains]
+        self._verification: Verification | None = None
         if every_way and len(set(self.names)) < len(domains):
             raise UserError(
                 f"data.domains: two of one name ({', '.join(self.names)}): name them by encode_latents.py --domain"
@@ -191,7 +199,9 @@ class LatentFeed:
         pairs = LatentPairs(
             sizes, seed=self.seed, batch=batch, rank=rank, world=ranks, pairs=self.pairs, by_size=self.by_size
         )
+        self._verification = self._verification or Verification([domain.index for domain in self.domains])
         for number, item in enumerate(pairs.stream(images_seen)):
+            self._verification.require()
             yield self._batch(item, images_seen + number * batch, batch)
 
     def preview(self, count: int) -> Batch:

@@ -29,20 +29,27 @@ if TYPE_CHECKING:
 
 # What may change between two starts of a run, because by construction it changes no result.
 _FREE = (
-    *("data.workers", "data.cache", "data.cache_gib", "intervals"),
+    *("data.workers", "data.cache", "data.cache_gib", "data.verify", "intervals"),
     *("training.microbatch", "training.recompute_from", "training.timeout", "training.trackers"),
 )
+# What a run that is not at its end may go on with as well, so that one whose loss diverged need not begin again: its
+# result is then another, and CHANGES in its folder says from where on.
+_TUNABLE = ("recipe.optimizer.learning_rate",)
+CHANGES = "changes.jsonl"
+Changes = dict[str, tuple[Any, Any]]  # key to its values before and after
 
 
-def _without_free(tree: Tree) -> Tree:
-    tree = json.loads(json.dumps(tree))
-    for path in _FREE:
-        node, *rest = path.split(".")
-        if rest and isinstance(tree.get(node), dict):
-            tree[node].pop(rest[0], None)
-        elif not rest:
-            tree.pop(node, None)
-    return tree
+def _split(tree: Tree, paths: tuple[str, ...]) -> tuple[Tree, Tree]:
+    """(the tree without these keys, their values by path)."""
+    tree, taken = json.loads(json.dumps(tree)), {}
+    for path in paths:
+        *sections, key = path.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict) and key in node:
+            taken[path] = node.pop(key)
+    return tree, taken
 
 
 # Lock files stay open, and so locked, until this process ends; by folder, since one process may open it again.
@@ -65,13 +72,31 @@ def _lock(folder: Path) -> None:
     _HELD[folder.resolve()] = handle
 
 
-def require_claimable(folder: Path, config: StrictConfig) -> None:
+def _newest(folder: Path) -> int:
+    """Images of the newest checkpoint, going by its name; 0 without any."""
+    return max((int(path.name[-12:]) for path in (folder / "checkpoints").glob("images-*")), default=0)
+
+
+def _say_changes(folder: Path, changes: Changes) -> list[str]:
+    """Append them to CHANGES; returns a line for each."""
+    seen, lines = _newest(folder), []
+    with (folder / CHANGES).open("a", encoding="utf-8") as stream:
+        for key, (before, after) in changes.items():
+            change = {"images_seen": seen, "key": key, "before": before, "after": after}
+            stream.write(json.dumps(change) + "\n")
+            lines.append(f"{key}: {before} -> {after} from {seen} images on (noted in {CHANGES})")
+    return lines
+
+
+def require_claimable(folder: Path, config: StrictConfig) -> Changes:
     """UserError where `folder` is not free for this configuration, or cannot be made; nothing is written.
 
-    The same configuration again resumes; another one is refused with the differences.
+    The same configuration again resumes; another one is refused with the differences. Returns the keys that an
+    unfinished run goes on with another value of.
     """
     path = folder / "config.yaml"
     tree = as_tree(config)
+    changes: Changes = {}
     there = nearest(folder)
     if there == folder and not folder.is_dir():
         raise UserError(f"{folder} is a file, expected a run folder")
@@ -88,7 +113,11 @@ def require_claimable(folder: Path, config: StrictConfig) -> None:
             raise UserError(f"{path} cannot be read: name another run folder with --run")
         with contextlib.suppress(UserError):  # keys that are newer than the run have their defaults there
             saved = as_tree(parse_config(type(config), saved))
-        lines = differences(_without_free(saved), _without_free(tree))
+        (saved, _), (new, _) = _split(saved, _FREE), _split(tree, _FREE)
+        if _newest(folder) < new.get("training", {}).get("images", 0):
+            (saved, before), (new, after) = _split(saved, _TUNABLE), _split(new, _TUNABLE)
+            changes = {key: (before[key], after[key]) for key in before if before[key] != after.get(key, before[key])}
+        lines = differences(saved, new)
         if lines:
             listed = "\n".join(f"  {line}" for line in lines)
             raise UserError(
@@ -96,6 +125,7 @@ def require_claimable(folder: Path, config: StrictConfig) -> None:
             )
     elif folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
         raise UserError(f"{folder} is not empty and is no run folder (no config.yaml): name another with --run")
+    return changes
 
 
 def nearest(folder: Path) -> Path:
@@ -103,17 +133,22 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def open_run(folder: Path, config: StrictConfig) -> None:
-    """Claim `folder` for this configuration (main process only); refuses what `require_claimable` does."""
-    require_claimable(folder, config)
+def open_run(folder: Path, config: StrictConfig) -> list[str]:
+    """Claim `folder` for this configuration (main process only); refuses what `require_claimable` does.
+
+    Returns a line for each key that an unfinished run goes on with another value of.
+    """
+    changes = require_claimable(folder, config)
     path = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
+        said = _say_changes(folder, changes) if changes else []
         write_atomically(path, to_yaml(config).encode())
         write_atomically(folder / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write into the run folder {folder}: {error.strerror or error}") from error
+    return said
 
 
 def starts_anew(folder: Path) -> bool:

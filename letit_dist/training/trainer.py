@@ -109,7 +109,7 @@ class Trainer:
         self.store = CheckpointStore(run / "checkpoints", intervals.keep)
         self._saved_at = -1
         self._batch_start = 0
-        self._signals = StopSignals()
+        self._signals = StopSignals(several=accelerator.num_processes > 1)
         self._agreed = [0.0] * FLAGS  # over all ranks: asked to stop, bad samples of this batch, failed saves
         self._doing = "before the first batch"
         self._preview: Batch | None = None
@@ -119,6 +119,10 @@ class Trainer:
 
     def train(self) -> int:
         """Run to the end. Returns 0, or STOPPED when a signal asked to stop and the state was saved."""
+        with self._signals:
+            return self._train_and_say()
+
+    def _train_and_say(self) -> int:
         try:
             return self._train()
         except RuntimeError as error:
@@ -144,7 +148,7 @@ class Trainer:
         self._clock, self._clock_images = time.perf_counter(), self.images_seen
         if self.images_seen == 0:
             self.picture()
-        with self._signals, self._bar(total) as bar:
+        with self._bar(total) as bar:
             while self.images_seen < total:
                 level = self.recipe.level_at(self.images_seen)
                 if batches is None or level != self.level:
@@ -276,7 +280,8 @@ class Trainer:
         raise UserError(
             f"the loss of phase {phase.name!r} is {why} at {self.images_seen} images "
             f"(this rank: {mine:g}); the weights were not changed by it and {self._saved}. "
-            f"Lower recipe.optimizer.learning_rate{self.recipe.divergence_hint} and start again in a new folder"
+            f"The same command with a lower recipe.optimizer.learning_rate "
+            f"{'goes on from there' if self._saved_at > 0 else 'begins again'}{self.recipe.divergence_hint}"
         )
 
     def _agree(self, batch: Batch) -> bool:
