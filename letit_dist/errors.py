@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -33,7 +34,8 @@ def _leave_ranks() -> None:
     if distributed is None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if distributed.is_initialized():
-        distributed.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # of another rank that has ended already: the work is done
+            distributed.destroy_process_group()
     gc.collect()  # a model that DDP wrapped holds the group too
 
 

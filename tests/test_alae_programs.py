@@ -3,6 +3,7 @@
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -102,13 +103,14 @@ def test_noise_is_the_same_along_a_path_and_in_the_reconstruction(translate, tmp
     moved, _ = translate("moved", "--path", "--batch", 3, "--strength", 0.5)
     for name, pixels in still.items():
         expected = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((96, 96), Image.Resampling.NEAREST)
-        with Image.open(tmp_path / "still/paths" / f"{name}.png") as strip:
-            assert strip.tobytes() == expected.tobytes()
-        with Image.open(tmp_path / "moved/paths" / f"{name}.png") as strip:
-            assert strip.size == (3 * 96 + 2 * 3, 96)
-            first = decode((tmp_path / "moved/paths" / f"{name}.png").read_bytes())[:, :, :96]
-            start = decode((tmp_path / "still/paths" / f"{name}.png").read_bytes())
-            assert (first.int() - start.int()).abs().max() <= 1
+        starts = []
+        for folder, steps in (("still", 1), ("moved", 3)):
+            with Image.open(tmp_path / folder / "paths" / f"{name}.png") as strip:
+                assert strip.width == 3 + steps * (96 + 3)
+                starts.append(strip.crop((3, strip.height - 3 - 96, 3 + 96, strip.height - 3)))  # names stand above
+        assert starts[0].tobytes() == expected.tobytes()
+        still_at, moved_at = (np.asarray(start, dtype=np.int16) for start in starts)
+        assert abs(still_at - moved_at).max() <= 1
         assert not torch.equal(moved[name], pixels)
     with Image.open(tmp_path / "still/sheets/sheet-0000.png") as sheet:
         rows = [sheet.crop((sheet.width - 99 * 8, 3 + 99 * i, sheet.width - 3, 99 + 99 * i)) for i in range(3)]

@@ -34,7 +34,7 @@ def test_it_is_trained_in_both_directions(chain, both_ways):
     assert energy.config.conditions == names and energy.extra["domains"] == list(STYLES)
     assert energy.extra["autoencoder_fingerprint"] == load_autoencoder(find_folder(chain.autoencoder)).fingerprint()
     tables = out[out.index("\napple to orange\n") :].split("orange to apple\n")
-    assert len(tables) == 2 and all(table.count("| translation ") == 1 for table in tables)
+    assert len(tables) == 2 and all(table.count("| latent energy ") == 1 for table in tables)
     assert (folder / "samples/images-000000000256.png").is_file()
     line = json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])
     assert abs(line["energy_gap"]) < 1e3

@@ -27,8 +27,10 @@ class Hanging:
 
     def batches(self, *place):
         for number, batch in enumerate(self.feed.batches(*place)):
-            if number == 3 and RANK == 1:
+            if number == 3 and RANK == 1 and fault == "hang":
                 time.sleep(600)
+            if number == 3 and RANK == 0 and fault == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
             yield batch
 
     def preview(self, count):
@@ -36,9 +38,11 @@ class Hanging:
 
 @reports_errors
 def main():
+    global fault
     run, shards, fault, every = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    wrap = {"hang": Hanging, "stop": lambda feed: SignalFeed(feed, 3, signal.SIGTERM), "none": None}[fault]
-    timeout = 5.0 if fault == "hang" else 300.0
+    stop = lambda feed: SignalFeed(feed, 3, signal.SIGTERM)
+    wrap = {"hang": Hanging, "freeze": Hanging, "stop": stop, "none": None}[fault]
+    timeout = 5.0 if wrap is Hanging else 300.0
     trainer = tiny_trainer(run, shards, feed=wrap, training={"timeout": timeout}, intervals={"checkpoint": every})
     return trainer.train()
 
@@ -77,11 +81,18 @@ def said(tmp_path, rank):
     return (tmp_path / f"{rank}.log").read_text()
 
 
-@pytest.mark.parametrize(("fault", "every"), [("stop", 1_000_000), ("none", 48)])
-def test_a_save_that_fails_ends_the_other_rank_at_once(ranks, tmp_path, fault, every):
-    """At a stop, where all wait for the writer, and in the background, where none of them should."""
+@pytest.mark.parametrize(
+    ("fault", "every", "blocked", "line"),
+    [
+        ("stop", 1_000_000, "checkpoints", "cannot write the checkpoint"),
+        ("none", 48, "checkpoints", "cannot write the checkpoint"),
+        ("none", 1_000_000, "samples", "cannot write "),
+    ],
+)
+def test_a_file_that_cannot_be_written_ends_the_other_rank_at_once(ranks, tmp_path, fault, every, blocked, line):
+    """A checkpoint at a stop, where all wait for the writer, and in the background, where none should; a picture."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/checkpoints").write_text("in the way")
+    (tmp_path / "run" / blocked).write_text("in the way")
     main, other = ranks(fault, every)
     assert other.wait(timeout=150) == 2, said(tmp_path, 1)
     assert main.poll() is None, "it had not even ended"
@@ -89,7 +100,7 @@ def test_a_save_that_fails_ends_the_other_rank_at_once(ranks, tmp_path, fault, e
     begun = time.monotonic()
     while "error: " not in said(tmp_path, 0) and time.monotonic() - begun < 20:
         time.sleep(0.1)
-    assert "[rank 0] error: cannot write the checkpoint" in said(tmp_path, 0)
+    assert f"[rank 0] error: {line}" in said(tmp_path, 0) and blocked in said(tmp_path, 0)
 
 
 def test_the_rank_that_hangs_is_named(ranks, tmp_path):
@@ -97,10 +108,17 @@ def test_the_rank_that_hangs_is_named(ranks, tmp_path):
     assert main.wait(timeout=150) == 2, said(tmp_path, 0)
     assert other.poll() is None
     assert "[rank 0] error: lost the other ranks in phase 'reconstruct' at 24 images" in said(tmp_path, 0)
-    assert "No word from rank 1: hanging, or gone." in said(tmp_path, 0)
+    assert "No word in 3 s from rank 1: hanging, gone, or busy." in said(tmp_path, 0)
+
+
+def test_the_rank_that_holds_the_store_may_be_the_one_that_hangs(ranks, tmp_path):
+    _, other = ranks("freeze", 1_000_000)
+    assert other.wait(timeout=150) == 2, said(tmp_path, 1)
+    assert "[rank 1] error: lost the other ranks in phase 'reconstruct' at 24 images" in said(tmp_path, 1)
+    assert "No word in 3 s from rank 0: hanging, gone, or busy." in said(tmp_path, 1)
 
 
 def test_without_a_store_nobody_is_named():
-    assert silent_ranks(0, 2, "in a phase") == []
+    assert silent_ranks(0, 2) == []
     line = why_it_ended(RuntimeError("Timed out waiting"), 0, 2, "in a phase", "none is saved yet")
     assert line.startswith("lost the other ranks in a phase (Timed out waiting); none is saved yet. What a rank")

@@ -14,7 +14,7 @@ from letit_dist.config import load_config
 from letit_dist.errors import UserError
 from letit_dist.registry import RECIPES
 from letit_dist.schemas import PretrainConfig
-from letit_dist.training.estimate import footprint
+from letit_dist.training.estimate import footprint, images_of
 from letit_dist.training.plan import plan_batches
 
 TRAINERS = {"alae": tiny_alae_trainer, "vqvae2": tiny_trainer}
@@ -58,7 +58,9 @@ def test_it_takes_less_memory(config, overrides, least):
             model.recompute(side)
             return RECIPES.get(loaded.recipe.kind)(loaded.recipe, model, seed=0, precision="fp32")
 
-        found[side] = footprint(build, loaded, levels[-1:], plans[-1:]).passes[0]
+        rows = images_of(loaded.autoencoder.resolution)
+        given = {"rows": rows, "result": lambda recipe: recipe.autoencoder}
+        found[side] = footprint(build, loaded, levels[-1:], plans[-1:], **given).passes[0]
     assert found[32] < least * found[None], f"{found[32] / found[None]:.2f}"
 
 

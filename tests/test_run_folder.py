@@ -112,7 +112,7 @@ def test_a_config_that_cannot_be_read_is_an_error_of_its_own(tmp_path, content):
 
 def test_a_folder_that_cannot_be_made_is_a_plain_message(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write into the run folder .*file/run: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write into the run folder .*file/run: .*/file is a file"):
         open_run(tmp_path / "file/run", config())
 
 

@@ -129,6 +129,7 @@ def test_the_page_of_a_cluster_can_be_followed_on_one_process(place):
         if name == "shards/pack.py":
             return [SMALLER.get(word, word) for word in arguments]
         kept = [word for word in arguments if HAS_TENSORBOARD or "tensorboard" not in word]
+        kept = [str(ROOT / word) if word.startswith("launch/deepspeed/") else word for word in kept]
         return [*kept, *TINY_ALAE] if name == "launch/pretrain.py" else arguments
 
     ran = follow("cluster", change)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from letit_dist.data.index import Index
-from letit_dist.errors import UserError
 
 # Seconds that a run may be held up by it at its start: a small set is known to be whole before anything is learnt.
 PATIENCE = 1.0
@@ -54,9 +53,9 @@ class Verification:
         if self._first and seconds > PATIENCE:
             print(f"data.verify: the shards of this rank have the bytes of their index ({seconds:.0f} s)", flush=True)
 
-    def require(self) -> None:
-        """Raise UserError if a shard has been found that differs."""
-        if self._problem:
-            raise UserError(
-                f"{self._problem}: it is not as it was packed; copy it again, then the same command continues"
-            )
+    @property
+    def problem(self) -> str | None:
+        """What to say of a shard that has been found to differ."""
+        if not self._problem:
+            return None
+        return f"{self._problem}: it is not as it was packed; copy it again, then the same command continues"

@@ -112,6 +112,7 @@ class Batch:
     images_seen: int  # images before the global batch that this belongs to
     global_batch: int  # images in that global batch, over all ranks and microbatches
     bad: tuple[tuple[str, str], ...] = ()  # (key, reason) of samples that could not be read and were replaced
+    problem: str | None = None  # of the data, found by this rank, which ends the run on all of them
 
     @property
     def size(self) -> int:

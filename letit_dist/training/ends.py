@@ -6,12 +6,18 @@ import contextlib
 import os
 import re
 import signal
+import threading
 import time
 
 import torch
 
 # What a collective says when another rank has died or does not answer.
-_LOST = re.compile("timed? ?out|connection (closed|reset|refused)|broken pipe|no such process|socket", re.IGNORECASE)
+_LOST = re.compile(
+    "timed? ?out|connection (closed|reset|refused)|broken pipe|no such process|socket"
+    # NCCL
+    "|remote process exit|communicator was aborted|ncclRemoteError|ncclSystemError",
+    re.IGNORECASE,
+)
 
 REPORT = 3.0  # seconds that ranks which were left have to say so: they notice it at about the same time
 
@@ -52,26 +58,36 @@ def why_it_ended(error: RuntimeError, rank: int, ranks: int, where: str, goes_on
     if ranks == 1 or not _LOST.search(reason):
         return None
     said = "What a rank that ended has said stands in its own lines"
-    silent = ", ".join(map(str, silent_ranks(rank, ranks, where)))
+    silent = ", ".join(map(str, silent_ranks(rank, ranks)))
     if silent:
-        said = f"No word from rank {silent}: hanging, or gone. {said}"
+        said = f"No word in {REPORT:.0f} s from rank {silent}: hanging, gone, or busy. {said}"
     return f"lost the other ranks {where} ({reason}); {goes_on}. {said}"
 
 
-def silent_ranks(rank: int, ranks: int, where: str) -> list[int]:
-    """The ranks that do not say, in a few seconds, that they too were left `where` this one was: those that hang, or
-    are gone. Empty where it cannot be known.
+def silent_ranks(rank: int, ranks: int) -> list[int]:
+    """The ranks that do not say, in a few seconds, that they too were left: those that hang, are gone, or have not yet
+    noticed. Empty where it cannot be known.
 
     Asked through the store in which the ranks have met, which needs no collective and costs nothing before a fault.
     """
-    key = f"letit_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/left {where}"
-    with contextlib.suppress(RuntimeError, ValueError):  # the store ends with the process that holds it
-        store = torch.distributed.distributed_c10d._get_default_store()
-        store.set(f"{key}/{rank}", "")
-        until = time.monotonic() + REPORT
-        silent = [other for other in range(ranks) if other != rank]
-        while silent and time.monotonic() < until:
-            time.sleep(0.1)
-            silent = [other for other in silent if not store.check([f"{key}/{other}"])]
-        return silent
-    return []
+    silent = [other for other in range(ranks) if other != rank]
+    asked: list[bool] = []
+
+    def ask() -> None:
+        key = f"letit_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/left"
+        with contextlib.suppress(RuntimeError, ValueError):  # the store ends with the process that holds it
+            store = torch.distributed.distributed_c10d._get_default_store()
+            store.set(f"{key}/{rank}", "")
+            until = time.monotonic() + REPORT
+            while silent and time.monotonic() < until:
+                time.sleep(0.1)
+                silent[:] = [other for other in silent if not store.check([f"{key}/{other}"])]
+            asked.append(True)
+
+    # In a thread: without a launcher the store is rank 0's, and where that one hangs, it never answers.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REPORT + 2)
+    if thread.is_alive():
+        return [0]
+    return silent if asked else []

@@ -14,7 +14,7 @@ def unusable(loss: float, limit: float | None) -> bool:
     return not math.isfinite(loss) or (limit is not None and abs(loss) > limit)
 
 
-FLAGS = 3  # of a phase: asked to stop, bad samples, failed saves
+FLAGS = 3  # of a phase: asked to stop, bad samples, problems
 
 
 def exchanged_bytes(sums: Sequence[Tensor]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -107,10 +108,10 @@ class ImageFeed:
         if self.dataset is not None and self.config.verify == "hashes" and self._verification is None:
             self._verification = Verification(self.dataset.indexes)
         for number, item in enumerate(items):
-            if self._verification:
-                self._verification.require()
             images = to_images(item.pixels.to(self.device, non_blocking=True))
-            yield Batch({"images": images}, item.positions, images_seen + number * batch, batch, tuple(item.bad))
+            problem = self._verification.problem if self._verification else None
+            seen = images_seen + number * batch
+            yield Batch({"images": images}, item.positions, seen, batch, tuple(item.bad), problem)
 
     def require_shares(self, batch: int, ranks: int) -> None:
         """Raise UserError where `ranks` could not each be given a part of every batch; reads no image."""
@@ -201,8 +202,7 @@ class LatentFeed:
         )
         self._verification = self._verification or Verification([domain.index for domain in self.domains])
         for number, item in enumerate(pairs.stream(images_seen)):
-            self._verification.require()
-            yield self._batch(item, images_seen + number * batch, batch)
+            yield replace(self._batch(item, images_seen + number * batch, batch), problem=self._verification.problem)
 
     def preview(self, count: int) -> Batch:
         """Samples spread evenly over each domain, and over the pairs."""

@@ -23,6 +23,7 @@ from letit_dist.cards import Card
 from letit_dist.config import StrictConfig, Tree, as_tree, differences, parse_config, to_yaml
 from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
+from letit_dist.training.setup import main_decides
 
 if TYPE_CHECKING:
     from letit_dist.training.trainer import Trainer
@@ -217,8 +218,11 @@ def export(trainer: Trainer, card: Card, *, data: str, **extra: Any) -> Path:
     card = replace(card, data=card.data or old.data or data, licence=card.licence or old.licence)
     card = replace(card, metrics={**trainer.stats.last(), **card.metrics})
     with trainer.whole_trained() as recipe:
-        if trainer.is_main and new:
-            recipe.save(folder, card=card, images_seen=trainer.images_seen, **trainer.origin, **extra)
-    trainer.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            if new:
+                recipe.save(folder, card=card, images_seen=trainer.images_seen, **trainer.origin, **extra)
+
+        main_decides(trainer.accelerator, write)
     trainer.say(f"exported to {folder} (peak memory of this process: {peak_memory()} MiB)")
     return folder

@@ -148,18 +148,19 @@ def seed_weights(seed: int) -> None:
 
 
 def main_decides(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Run `function` on the main process and give its result to all; its UserError ends every rank."""
-    outcome: list[Any] = [None, None]
+    """Run `function` on the main process and give its result to all; what it raises there ends every rank."""
+    outcome: list[Any] = [None, True]
+    caught: Exception | None = None
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
+        except Exception as error:
+            outcome[1], caught = False, error
     broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        if accelerator.is_main_process:
-            raise UserError(outcome[1])
-        raise SystemExit(2)  # the main process prints the one line
+    if caught is not None:
+        raise caught
+    if not outcome[1]:
+        raise SystemExit(2)  # the main process says why
     return outcome[0]
 
 

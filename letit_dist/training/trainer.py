@@ -110,7 +110,8 @@ class Trainer:
         self._saved_at = -1
         self._batch_start = 0
         self._signals = StopSignals(several=accelerator.num_processes > 1)
-        self._agreed = [0.0] * FLAGS  # over all ranks: asked to stop, bad samples of this batch, failed saves
+        self._agreed = [0.0] * FLAGS  # over all ranks: asked to stop, bad samples of this batch, problems
+        self._problem: UserError | None = None  # of this rank, to be told to all
         self._doing = "before the first batch"
         self._preview: Batch | None = None
         self._preview_count = preview
@@ -125,6 +126,12 @@ class Trainer:
     def _train_and_say(self) -> int:
         try:
             return self._train()
+        except UserError as error:
+            try:
+                self.store.wait()
+            except UserError as also:
+                raise UserError(f"{error}\n{also}") from error
+            raise
         except RuntimeError as error:
             where = f"{self._doing} at {self.images_seen} images"
             goes_on = f"{self._saved}, the same command continues from there"
@@ -260,10 +267,24 @@ class Trainer:
 
     def _exchange(self, batch: Batch, losses: list[torch.Tensor], *, closing: bool) -> Exchange:
         """The only one of a phase beside that of gradients: bad losses, the flags of `_agreed`, the recipe's sums."""
-        flags = [float(self._signals.asked), float(len(batch.bad)), float(self.store.failed)]
+        flags = [float(self._signals.asked), float(len(batch.bad)), float(self._has_problem(batch))]
         sums = self.recipe.sums() if closing else []
         ranks, device = self.accelerator.num_processes, self.accelerator.device
         return Exchange(losses, self.recipe.loss_limit, flags, sums, ranks=ranks, device=device)
+
+    def _has_problem(self, batch: Batch) -> bool:
+        """Whether this rank knows of something that ends the run; `_agree` raises it."""
+        if batch.problem and not self._problem:
+            self._problem = UserError(f"{batch.problem} ({self._saved})")
+        return bool(self._problem) or self.store.failed
+
+    @contextlib.contextmanager
+    def _written_by_main(self, what: Path) -> Iterator[None]:
+        """A file that cannot be written ends all ranks, and not before the checkpoint of the same batch is there."""
+        try:
+            yield
+        except OSError as error:
+            self._problem = UserError(f"cannot write {what}: {error.strerror or error} ({self._saved})")
 
     def _refuse_bad_loss(self, phase: Phase, losses: list[torch.Tensor], exchange: Exchange) -> None:
         """Raise on every rank, before any weight can change, when the loss of one rank is unusable."""
@@ -286,10 +307,12 @@ class Trainer:
 
     def _agree(self, batch: Batch) -> bool:
         """Count bad samples over all ranks and decide together whether to stop."""
-        stop, bad, failed = self._agreed
-        if failed:
-            self.store.wait()  # raises on the main process, which wrote
-            raise SystemExit(2)
+        stop, bad, problems = self._agreed
+        if problems:
+            if self._problem:
+                raise self._problem
+            self.store.wait()
+            raise SystemExit(2)  # the rank that has the problem prints the line
         self.bad_samples += int(bad)
         for key, reason in batch.bad:
             print(f"unreadable sample replaced: {key}: {reason}", file=sys.stderr, flush=True)
@@ -338,7 +361,8 @@ class Trainer:
             "bad_samples": self.bad_samples,
             "images_per_second": round(speed, 2),
         }
-        self.stats.append(record)
+        with self._written_by_main(self.stats.path):
+            self.stats.append(record)
         self.accelerator.log(record, step=self.images_seen)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **status}.items())
         if bar.disable:
@@ -358,7 +382,9 @@ class Trainer:
             with torch.no_grad():
                 rows = recipe.samples(replace(self._preview, images_seen=self.images_seen))
             recipe.train()
-        save_picture(grid(rows), self.run / "samples" / f"images-{self.images_seen:012d}.png")
+        path = self.run / "samples" / f"images-{self.images_seen:012d}.png"
+        with self._written_by_main(path):
+            save_picture(grid(rows), path)
 
     # ---------------------------------------------------------------- saving and resuming
 
@@ -384,11 +410,14 @@ class Trainer:
             tensors = {"model": self.recipe.state_dict(), "optimizer": self.state.optimizer_tensors(keep=self.is_main)}
             if self.average:
                 tensors["average"] = self.average.module.state_dict()
+
+            def write() -> None:
+                self.store.save(self.images_seen, tensors, state, background=background)
+                if self._problem:
+                    raise self._problem
+
             # What goes wrong here ends all ranks at once: nobody else would tell those that do not write.
-            main_decides(
-                self.accelerator,
-                lambda: str(self.store.save(self.images_seen, tensors, state, background=background)),
-            )
+            main_decides(self.accelerator, write)
         self._saved_at = self.images_seen
 
     def resume(self) -> None:
