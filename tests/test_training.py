@@ -64,9 +64,9 @@ def test_levels_have_their_own_batches_and_a_timetable():
         "level 0: 4 pixels from 0 images on, batch: 8 = 2 ranks x 2 images x 2 accumulation, 3 steps, 24 images",
         "level 1: 8 pixels from 24 images on, batch: 4 = 2 ranks x 2 images x 1 accumulation, 2 steps, 8 images",
         "level 2: 16 pixels from 32 images on, batch: 2 = 2 ranks x 1 images x 1 accumulation, 4 steps, 8 images",
-        "steps: 9",
+        "steps: 9, 40 images",
     ]
-    assert timetable([Level()], plans[:1], images=20) == ["batch: " + str(plans[0]), "steps: 3"]
+    assert timetable([Level()], plans[:1], images=20) == ["batch: " + str(plans[0]), "steps: 3, 24 images"]
 
 
 def run_in_double(build, tmp_path, microbatch):

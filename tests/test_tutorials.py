@@ -134,9 +134,9 @@ def test_the_page_of_a_cluster_can_be_followed_on_one_process(place):
 
     ran = follow("cluster", change)
     assert [name.rpartition("/")[2] for name, _ in ran] == [
-        *("pack.py", "check.py", "pretrain.py", "pretrain.py", "pretrain.py", "encode_latents.py")
+        *("pack.py", "check.py", "pretrain.py", "pretrain.py", "pretrain.py", "pretrain.py", "encode_latents.py")
     ]
-    assert "16 ranks" in ran[2][1].out
+    assert "16 ranks" in ran[2][1].out and "16 ranks" in ran[3][1].out
     assert bool(list((place / "runs/ffhq1024").rglob("tensorboard/**/events*"))) == HAS_TENSORBOARD
     lines = (place / "runs/ffhq1024/stats.jsonl").read_text().splitlines()
     assert len(lines) == 5  # the second command found the run finished
