@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How well an autoencoder gives images back: PSNR, SSIM, MSE, LPIPS, and how much of its codebooks it uses.
 
-    python eval/reconstruction.py --autoencoder runs/backbone data/cats/test data/dogs/test --out results
+    python eval/reconstruction.py --autoencoder runs/backbone data/afhq256/cat/test data/afhq256/dog/test --out results
     python eval/reconstruction.py --sweep configs/eval/table8.yaml data/imagenet256/val --out runs/table8
 
 One JSON line a shard folder goes to OUT/reconstruction.jsonl, and one sheet to OUT/sheets: its worst and its typical
