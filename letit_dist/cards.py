@@ -19,6 +19,9 @@ import yaml
 
 CARD = "README.md"
 _UNKNOWN = "not stated"
+# What a run takes from its launcher beside the number of ranks, and what stands there if it was not asked for.
+_LAUNCHED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE")
+_UNSET = ("", "False", "false", "none")
 # By the first words of a file called LICENSE.
 _LICENCES = {"MIT License": "mit", "Apache License": "apache-2.0"}
 
@@ -103,10 +106,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line(program: str, argv: Sequence[str] | None = None) -> str:
-    """The command that runs `program` (its path in the repository) as this process runs."""
+    """The command that runs `program` (its path in the repository) as this process runs.
+
+    Several ranks are started by torchrun with the variables that the launcher has set, whichever it was (accelerate,
+    DeepSpeed, Slurm): no launch file is needed, which may be the user's own. Of several machines each runs the command.
+    """
+    words = [program, *(sys.argv[1:] if argv is None else argv)]
+    asked = [f"{name}={shlex.quote(value)}" for name in _LAUNCHED if (value := os.environ.get(name, "")) not in _UNSET]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    launcher = ["python"] if ranks == 1 else ["accelerate", "launch", "--num_processes", str(ranks)]
-    return shlex.join([*launcher, program, *(sys.argv[1:] if argv is None else argv)])
+    if ranks == 1 and not asked:
+        return shlex.join(["python", *words])
+    there = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    here = int(there) if there.isdigit() and 0 < int(there) < ranks and ranks % int(there) == 0 else ranks
+    meeting = ["--standalone"]
+    if here < ranks:
+        meeting = ["--nnodes", str(ranks // here), "--rdzv_backend", "c10d", "--rdzv_endpoint", "FIRST_MACHINE:29500"]
+    # Without the two dashes torchrun takes the program's --run for an abbreviation of one of its own options.
+    return " ".join([*asked, shlex.join(["torchrun", *meeting, "--nproc_per_node", str(here), "--", *words])])
 
 
 def _words(value: Any) -> str | None:
