@@ -215,7 +215,8 @@ def export(trainer: Trainer, card: Card, *, data: str, **extra: Any) -> Path:
     old = Card.read(folder) or Card()
     new = not folder.exists() or card.data not in (None, old.data) or card.licence not in (None, old.licence)
     card = replace(card, data=card.data or old.data or data, licence=card.licence or old.licence)
-    card = replace(card, metrics={**trainer.stats.last(), **card.metrics})
+    # Of the folder that is there: what eval/ has put onto its card.
+    card = replace(card, metrics={**old.metrics, **trainer.stats.last(), **card.metrics})
     with trainer.whole_trained() as recipe:
         if trainer.is_main and new:
             recipe.save(folder, card=card, images_seen=trainer.images_seen, **trainer.origin, **extra)
