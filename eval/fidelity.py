@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """FID, KID, precision and recall, the Inception score, FD-DINOv2 and CMMD of images A against real images B.
 
-    python eval/fidelity.py translated/ data/orange/test --out results
-    python eval/fidelity.py run:runs/apple2orange data/orange/test --source data/apple/test --out results
-    python eval/fidelity.py run:runs/cat2dog data/dog/test --source data/cat/test --protocol cut --out results
+    python eval/fidelity.py translated/ data/apple2orange/orange/test --out results
+    python eval/fidelity.py run:runs/apple2orange data/apple2orange/orange/test \\
+        --source data/apple2orange/apple/test --out results
+    python eval/fidelity.py run:runs/cat2dog data/afhq256/dog/test \\
+        --source data/afhq256/cat/test --protocol cut --out results
     python eval/fidelity.py A B --extractor dinov2 --weights-sha256 DIGITS --out results
     accelerate launch --config_file launch/accelerate/gpu8.yaml eval/fidelity.py A B --out results
     sbatch launch/slurm/eval.sbatch eval/fidelity.py A B --out results

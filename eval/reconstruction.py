@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """How well an autoencoder gives images back: PSNR, SSIM, MSE, LPIPS, and how much of its codebooks it uses.
 
-    python eval/reconstruction.py --autoencoder runs/backbone data/cats/test data/dogs/test --out results
+    python eval/reconstruction.py --autoencoder runs/backbone data/afhq256/cat/test data/afhq256/dog/test --out results
     python eval/reconstruction.py --sweep configs/eval/table8.yaml data/imagenet256/val --out runs/table8
 
 One JSON line a shard folder goes to OUT/reconstruction.jsonl, and one sheet to OUT/sheets: its worst and its typical
-images. LPIPS is given for the backbones whose weights are there (python eval/weights.py list). A sweep prints the MSE
-by size and dimension of the codebook, and the command of every run that is missing.
+images; with --onto-card the numbers onto the autoencoder's model card. LPIPS is given for the backbones whose weights
+are there (python eval/weights.py list). A sweep prints the MSE by size and dimension of the codebook, and the command
+of every run that is missing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights", metavar="DIR", help="weight files ($LETIT_WEIGHTS, or ~/.cache/letit_dist/weights)"
     )
+    parser.add_argument("--onto-card", action="store_true", help="put them onto the autoencoder's model card too")
     parser.add_argument("--batch", type=int, default=16, help="images at once (16)")
     return parser.parse_args(argv)
 
@@ -40,6 +42,8 @@ def sweep(args: argparse.Namespace) -> None:
     from letit_dist.evaluation.report import write_lines
     from letit_dist.evaluation.sweep import SweepConfig, sweep_table
 
+    if args.onto_card:
+        raise UserError("--onto-card has no effect with --sweep, which scores several: leave it out")
     if args.lpips:
         raise UserError("--lpips has no effect with --sweep: leave it out")
     datasets = [ShardDataset([path]) for path in args.shards]
@@ -61,10 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     import torch
 
+    from letit_dist import cards
     from letit_dist.autoencoders.base import load_autoencoder
     from letit_dist.data.reader import ShardDataset
     from letit_dist.evaluation import reconstruction as of
-    from letit_dist.evaluation.report import write_lines
+    from letit_dist.evaluation.report import card_of, write_lines
     from letit_dist.evaluation.tables import markdown
     from letit_dist.evaluation.weights import weights_folder
     from letit_dist.losses.perceptual import PerceptualLoss
@@ -73,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     datasets = [ShardDataset([path]) for path in args.shards]
     autoencoder = load_autoencoder(find_folder(args.autoencoder))
+    card = card_of(args.autoencoder, "--onto-card") if args.onto_card else None
     extra = {"autoencoder": autoencoder.fingerprint()}
     paths, missing = of.find_backbones(weights_folder(args.weights), of.NETS if args.lpips is None else args.lpips)
     for line in missing:
@@ -88,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     write_lines(rows, args.out / "reconstruction.jsonl")
     columns = dict.fromkeys(column for row in rows for column in row)
     print(markdown(rows, [column for column in columns if column not in ("domain", "split", "autoencoder")]))
+    if card:
+        cards.add_metrics(card, {name: value for part in parts for name, value in part.card_metrics().items()})
+        print(f"card: {card}")
     print(f"sheets: {args.out / 'sheets'}")
     return 0
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A human study (table 4 of the paper): a page that asks which method's picture is best, and what its votes say.
 
-    python eval/study.py make --source photos/apples --method ours=translated --method CUT=results/cut \\
+    python eval/study.py make --source photos/apples --method "latent energy=translated" --method CUT=results/cut \\
         --target "an orange" --out study.html
     python eval/study.py analyse votes-*.csv --key study.key.json
 

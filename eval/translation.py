@@ -24,7 +24,8 @@ Schroedinger bridge, LightSB), and translated, all on the same latents:
                     live at the peak of a batch
 
 One JSON line a method goes to OUT/translation.jsonl, the whole table to OUT/translation.md, a sheet to
-OUT/translation.png. What is printed are the columns that tell most. The method itself is called `latent energy`.
+OUT/translation.png; with --onto-card the method's own numbers onto the model card of the energy. What is printed are
+the columns that tell most. The method itself is called `latent energy`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--real", metavar="TARGET", help="shards of real target images for FID and KID")
     add("--weights", metavar="DIR", help="weight files ($LETIT_WEIGHTS, or ~/.cache/letit_dist/weights)")
     add("--random-weights", action="store_true", help="for --extractor: numbers that mean nothing")
+    add("--onto-card", action="store_true", help="put the method's numbers onto the model card of ENERGY's folder")
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=64)
     return parser.parse_args(argv)
@@ -115,12 +117,15 @@ def main(argv: list[str] | None = None) -> int:
     needs = (("table", "keep"), ("real", "extractor"), ("random_weights", "extractor"))
     if idle := [f"--{a.replace('_', '-')} needs --{b}" for a, b in needs if getattr(args, a) and not getattr(args, b)]:
         raise UserError("\n".join(idle))
+    if args.onto_card and args.random_weights:
+        raise UserError("--onto-card: numbers of --random-weights mean nothing, and belong on no card")
     import torch
 
+    from letit_dist import cards
     from letit_dist.data.reader import ShardDataset
     from letit_dist.energy.translate import open_translator
     from letit_dist.evaluation.attributes import load_or_train_judge, read_examples, read_pixels
-    from letit_dist.evaluation.report import write_report
+    from letit_dist.evaluation.report import card_of, write_report
     from letit_dist.evaluation.rivals import NAMES
     from letit_dist.evaluation.scoring import check_sizes, match_pairs, score_translations
 
@@ -128,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     require_folder(out, "--out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     translator = open_translator(args.energy, args.autoencoder, to=args.to, source=args.source).to(device)
+    card = card_of(args.energy, "--onto-card") if args.onto_card else None
     side = translator.autoencoder.config.resolution
     source, target, test = (ShardDataset([path]).matching(side) for path in (*args.train, args.test))
     pairs, real = (ShardDataset([path]).matching(side) if path else None for path in (args.pairs, args.real))
@@ -153,6 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     write_report(result, out)
     print(result.table())
+    if card:
+        cards.add_metrics(card, result.card_metrics(args.test))
+        print(f"card: {card}")
     for line in notices:
         print(f"notice: {line}", file=sys.stderr)
     print(f"all columns: {out / 'translation.md'}   sheet: {out / 'translation.png'}")

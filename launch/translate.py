@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="what that classifier learns from (default: the latents that the energy's run names)",
     )
     parser.add_argument("--path", action="store_true", help="also write each trajectory as a strip and a GIF")
-    parser.add_argument("--sheet", action="store_true", help="also write sheets: source, reconstruction, translation")
+    parser.add_argument("--sheet", action="store_true", help="also write sheets: source, reconstruction, latent energy")
     parser.add_argument("--format", choices=("png", "jpg"), default="png")
     parser.add_argument("--batch", type=int, default=16, help="at most so many images at once (16)")
     parser.add_argument(

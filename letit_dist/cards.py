@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +18,14 @@ from typing import Any
 
 import yaml
 
+from letit_dist.errors import UserError
+from letit_dist.files import write_atomically
+
 CARD = "README.md"
-_UNKNOWN = "not stated"
+_UNKNOWN, _UNMEASURED = "not stated", "not yet measured"
+# What a run takes from its launcher beside the number of ranks, and what stands there if it was not asked for.
+_LAUNCHED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE")
+_UNSET = ("", "False", "false", "none")
 # By the first words of a file called LICENSE.
 _LICENCES = {"MIT License": "mit", "Apache License": "apache-2.0"}
 
@@ -40,7 +47,7 @@ class Card:
         own = {"data": self.data, "command": self.command, "metrics": dict(self.metrics)}
         front |= {"letit_dist": own} if (own := {key: value for key, value in own.items() if value}) else {}
         head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
-        metrics = _table(("metric", "value"), self.metrics) if self.metrics else "not yet measured"
+        metrics = _table(("metric", "value"), self.metrics) if self.metrics else _UNMEASURED
         command = _UNKNOWN if self.command is None else _fenced("", self.command)
         parts = {
             "What it is": _table(("", ""), facts),
@@ -82,6 +89,71 @@ class Card:
         return cls(data, licences.pop() if len(licences) == 1 else None, command)
 
 
+def card_to_mend(folder: str | Path, option: str) -> Path:
+    """The card of a folder of weights, for `add_metrics`; UserError that names `option` where none can be added to."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise UserError(f"{option}: there is no {path}; name a run, or a folder of weights that has a model card")
+    try:
+        text = path.read_text(encoding="utf-8")
+        front = yaml.safe_load(_split(text)[0])
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        what = str(error).split("\n")[0]
+        raise UserError(f"{option}: {path} cannot be read ({what}): mend or remove it") from None
+    if not isinstance(front, dict) or not isinstance(front.get("letit_dist", {}), dict):
+        raise UserError(f"{option}: {path} does not begin with the front matter of a model card: mend or remove it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option}: {path.parent} cannot be written to")
+    return path
+
+
+def add_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Put metrics onto a card that is there: into its front matter and its table of metrics, in place of those of the
+    same names. Every other line stays as it is, whoever wrote it; the file is replaced whole or not at all."""
+    head, body = _split(path.read_text(encoding="utf-8"))
+    own = yaml.safe_load(head).get("letit_dist", {})
+    line = "letit_dist: " + json.dumps({**own, "metrics": {**(own.get("metrics") or {}), **metrics}})
+    # The key with what is indented below it, as other tools write it.
+    head, found = re.subn(r"^letit_dist:.*(?:\n[ \t].*)*", lambda _: line, head, count=1, flags=re.MULTILINE)
+    head = head if found else f"{head}\n{line}"
+    before, heading, rest = body.partition("\n## Metrics\n")
+    section, following, after = rest.partition("\n## ")
+    if not heading:
+        before, heading = before.rstrip("\n") + "\n", "\n## Metrics\n"
+    text = f"---\n{head}\n---\n{before}{heading}{_with_rows(section, metrics)}{following}{after}"
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _split(text: str) -> tuple[str, str]:
+    """(YAML, the rest) of a card; ValueError without front matter."""
+    head, mark, body = text.removeprefix("---\n").partition("\n---\n")
+    if not text.startswith("---\n") or not mark:
+        raise ValueError("no front matter between two lines of ---")
+    return head, body
+
+
+def _with_rows(section: str, metrics: Mapping[str, Any]) -> str:
+    """The text below the heading of the metrics, with these in its table."""
+    lines = section.strip("\n").split("\n")
+    lines = [line for line in lines if line.strip() != _UNMEASURED]
+    rows = [number for number, line in enumerate(lines) if line.startswith("| ")]
+    if not rows:
+        kept = "\n".join(lines).strip("\n")
+        return "\n" + (f"{kept}\n\n" if kept else "") + _table(("metric", "value"), metrics) + "\n"
+    for name, value in metrics.items():
+        row = f"| {_cell(name)} | {_cell(value)} |"
+        same = [number for number in rows if lines[number].startswith(f"| {_cell(name)} | ")]
+        if same:
+            lines[same[0]] = row
+        else:
+            rows.append(rows[-1] + 1)
+            lines.insert(rows[-1], row)
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def licence_beside(path: Path) -> str | None:
     """What a published file or folder says of its licence: the front matter of the README.md beside it, or a LICENSE
     that is MIT's or Apache's; None where neither does."""
@@ -103,10 +175,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line(program: str, argv: Sequence[str] | None = None) -> str:
-    """The command that runs `program` (its path in the repository) as this process runs."""
+    """The command that runs `program` (its path in the repository) as this process runs.
+
+    Several ranks are started by torchrun with the variables that the launcher has set, whichever it was (accelerate,
+    DeepSpeed, Slurm): no launch file is needed, which may be the user's own. Of several machines each runs the command.
+    """
+    words = [program, *(sys.argv[1:] if argv is None else argv)]
+    asked = [f"{name}={shlex.quote(value)}" for name in _LAUNCHED if (value := os.environ.get(name, "")) not in _UNSET]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    launcher = ["python"] if ranks == 1 else ["accelerate", "launch", "--num_processes", str(ranks)]
-    return shlex.join([*launcher, program, *(sys.argv[1:] if argv is None else argv)])
+    if ranks == 1 and not asked:
+        return shlex.join(["python", *words])
+    there = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    here = int(there) if there.isdigit() and 0 < int(there) < ranks and ranks % int(there) == 0 else ranks
+    meeting = ["--standalone"]
+    if here < ranks:
+        meeting = ["--nnodes", str(ranks // here), "--rdzv_backend", "c10d", "--rdzv_endpoint", "FIRST_MACHINE:29500"]
+    # Without the two dashes torchrun takes the program's --run for an abbreviation of one of its own options.
+    return " ".join([*asked, shlex.join(["torchrun", *meeting, "--nproc_per_node", str(here), "--", *words])])
 
 
 def _words(value: Any) -> str | None:

@@ -129,6 +129,7 @@ def build(translators: dict[str, Translator], folder: Path, picture: Image.Image
     """The page, as gradio's Blocks; animations are written to `folder`."""
     import gradio as gr
 
+    from letit_dist.energy.translate import METHOD
     from letit_dist.pictures import to_picture, visible_size
 
     def show(found: Walk, strength: float) -> Image.Image:
@@ -163,7 +164,7 @@ def build(translators: dict[str, Translator], folder: Path, picture: Image.Image
                 strength = gr.Slider(0, 1, value=1, step=0.01, label="strength")
         with gr.Row():
             seen = gr.Image(label="what the autoencoder sees", height=300, interactive=False)
-            translated = gr.Image(label="translation", height=300, interactive=False)
+            translated = gr.Image(label=METHOD, height=300, interactive=False)
             moved = gr.Image(label="trajectory", height=300, interactive=False)
         outputs = [walked, seen, translated, moved]
         for event in (given.change, chosen.change, page.load):

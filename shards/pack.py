@@ -1,8 +1,8 @@
 """Pack images into WebDataset shards with an index.
 
   python shards/pack.py photos/cats --out data/cats --resolution 256 --format jpeg --workers 8
-  python shards/pack.py celeba --out data/celeba --attribute Male --resolution 64 --dry-run
-  python shards/pack.py ffhq --out data/ffhq --resolution 1024 512 256 128 --format jpeg --workers 8
+  python shards/pack.py celeba --out data/celeba64 --attribute Male --resolution 64 --dry-run
+  python shards/pack.py ffhq-dataset --out data/ffhq1024 --resolution 1024 512 256 128 --format jpeg --workers 8
   python shards/pack.py builtin:fruit --out data/fruit --resolution 64 --count 2000 --test 256 --workers 2
 
 The layout of SRC is recognised and said: FFHQ, ImageNet (folders or tars), CelebA, CelebAMask-HQ, AFHQ, CelebA-HQ of

@@ -52,3 +52,14 @@ def celeba_tree(root):
     (root / "Eval").mkdir()
     (root / "Eval/list_eval_partition.txt").write_text("".join(f"{n:06d}.jpg {(n - 1) // 2}\n" for n in range(1, 7)))
     return root
+
+
+def celebamask_tree(root):
+    """CelebAMask-HQ of eight pictures, two of each sex for training and two for tests, by CelebA's split."""
+    images(root / "CelebA-HQ-img", [f"{n}.jpg" for n in range(8)])
+    signs = "".join(f"{n}.jpg  {1 if n % 2 else -1}\n" for n in range(8))
+    (root / "CelebAMask-HQ-attribute-anno.txt").write_text(f"8\nMale\n{signs}")
+    mapping = "".join(f"{n} {n} {n + 1:06d}.jpg\n" for n in range(8))
+    (root / "CelebA-HQ-to-CelebA-mapping.txt").write_text(f"idx orig_idx orig_file\n{mapping}")
+    (root / "list_eval_partition.txt").write_text("".join(f"{n + 1:06d}.jpg {n // 4 * 2}\n" for n in range(8)))
+    return root

@@ -1,12 +1,16 @@
 """Model cards: data, licence, command and metrics of every folder that a program writes, in words and as YAML."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 from foreign_autoencoders import taesd
 from huggingface_hub import ModelCard
 from programs import STYLES, run
+from ranks import CPU2, ROOT
+from test_distributed import launch
 from test_export import FILES, GOLDEN
 
 import letit_dist
@@ -182,8 +186,48 @@ def test_cards_of_several_energies_are_joined():
     assert Card.together([one, Card("a")]) == Card("a", None, "first")
 
 
-def test_the_command_says_how_many_ranks(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert command_line("launch/x.py", ["a b", "c"]) == "accelerate launch --num_processes 8 launch/x.py 'a b' c"
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert command_line("launch/x.py", []) == "python launch/x.py"
+CPU = {"ACCELERATE_USE_CPU": "True"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "launch/my zero.json"}
+OTHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", *CPU, *ZERO)
+MEETING = "--rdzv_backend c10d --rdzv_endpoint FIRST_MACHINE:29500"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "python"),
+        ({"WORLD_SIZE": "1", "ACCELERATE_USE_CPU": "False"}, "python"),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, "torchrun --standalone --nproc_per_node 8 --"),
+        ({"WORLD_SIZE": "8"}, "torchrun --standalone --nproc_per_node 8 --"),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, f"torchrun --nnodes 2 {MEETING} --nproc_per_node 8 --"),
+        ({"WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "4"}, f"torchrun --nnodes 2 {MEETING} --nproc_per_node 4 --"),
+        ({"WORLD_SIZE": "2", **CPU}, "ACCELERATE_USE_CPU=True torchrun --standalone --nproc_per_node 2 --"),
+        (
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "False", **ZERO},
+            "ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_CONFIG_FILE='launch/my zero.json' "
+            "torchrun --standalone --nproc_per_node 2 --",
+        ),
+    ],
+)
+def test_the_command_says_how_it_was_launched(environment, expected, monkeypatch):
+    for name in OTHERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert command_line("launch/x.py", ["a b", "c"]) == f"{expected} launch/x.py 'a b' c"
+
+
+@pytest.mark.ranks
+def test_the_command_of_a_card_of_two_ranks_gives_the_same_weights(fruit_shards, tmp_path):
+    done = launch(tmp_path / "run", fruit_shards, "training.images=16", "intervals.checkpoint=16", yaml=CPU2)
+    assert done.returncode == 0, done.stderr
+    [first] = (tmp_path / "run/export").iterdir()
+    command = Card.read(first).command
+    assert "cpu2.yaml" not in command and f"--run {tmp_path / 'run'} " in command
+    again = command.replace(f"--run {tmp_path / 'run'} ", f"--run {tmp_path / 'again'} ")
+    environment = {name: value for name, value in os.environ.items() if name not in OTHERS}
+    done = subprocess.run(again, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout
+    second = tmp_path / "again" / first.relative_to(tmp_path / "run")
+    assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()

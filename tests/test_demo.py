@@ -224,6 +224,7 @@ def test_the_page_in_a_real_browser(browser, served, folder, tmp_path):
     with browser.open(served, tmp_path / "profile") as page:
         page.wait_for_selector("input[type=file]", state="attached")
         assert page.evaluate(SOURCES) == []
+        assert page.get_by_text("latent energy", exact=True).count() == 1  # the name of the method, as in sheets
         page.set_input_files("input[type=file]", folder / "apple.png")
         page.wait_for_function(f"{SOURCES}.length == 4")
         page.wait_for_function("[...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0)")

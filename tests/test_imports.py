@@ -33,7 +33,7 @@ ALLOWED = {
     "recipes": {"autoencoders", "energy", "losses"},
     "training": {"recipes", "data"},
     "evaluation": {"autoencoders", "energy", "data"},
-    "interchange": {"autoencoders", "energy.models", "energy.mlp", "energy.convolutional"},
+    "interchange": {"autoencoders", "energy.langevin", "energy.models", "energy.mlp", "energy.convolutional"},
 }
 # Only these may know the autoencoders from inside the energy package.
 ENERGY_WITH_AUTOENCODERS = {"translate", "baselines"}

@@ -106,7 +106,7 @@ def test_the_shipped_tables():
 def test_without_a_run_everything_of_ours_is_not_yet_measured(name, tmp_path):
     done = run("eval/paper.py", name, "--out", tmp_path)
     table = load_config(TablesConfig, CONFIGS / "paper_tables.yaml").tables[name]
-    ours = next(line for line in done.out.splitlines() if line.startswith("| ours"))
+    ours = next(line for line in done.out.splitlines() if line.startswith("| latent energy"))
     assert done.code == 0 and ours.count("not yet measured") == len(table.columns)
     for method, cells in table.published.items():
         line = next(line for line in done.out.splitlines() if line.startswith(f"| {method} "))
@@ -123,8 +123,8 @@ def test_a_direction_is_measured_as_fidelity_does(chain, config, shallow, tmp_pa
                "--random-weights", "--out", tmp_path / "fidelity")  # fmt: skip
     expected = json.loads(done.out.splitlines()[0])["value"]
     assert rows["theirs"]["fruit"] == "1.5" and rows["theirs"]["other"] == "-"
-    assert rows["ours"]["fruit"] == f"{expected:.4g} (1 of 2 pairs, not valid)"
-    assert rows["ours"]["other"] == "not yet measured"
+    assert rows["latent energy"]["fruit"] == f"{expected:.4g} (1 of 2 pairs, not valid)"
+    assert rows["latent energy"]["other"] == "not yet measured"
     assert "its chain has no noise, one output a source instead of 3 equal ones" in said
     [first, _] = [json.loads(line) for line in (tmp_path / "out/table3.jsonl").read_text().splitlines()]
     assert (
@@ -149,7 +149,7 @@ def test_a_direction_is_measured_as_fidelity_does(chain, config, shallow, tmp_pa
     record = [json.loads(line) for line in (tmp_path / "out/measured.jsonl").read_text().splitlines()]
     values = [row["value"] for row in record if row["metric"] == "fid"]
     assert len(values) == 2 and first["value"] == pytest.approx(sum(values) / 2)
-    assert rows["ours"]["fruit"] == f"{first['value']:.4g} (not valid)"
+    assert rows["latent energy"]["fruit"] == f"{first['value']:.4g} (not valid)"
     call("table3", chain, config, tmp_path / "out", *both)
     assert len(seen) == 2
 
@@ -158,13 +158,13 @@ def test_kid_days_and_memory(chain, config, shallow, tmp_path):
     rows, said = call("table5", chain, config, tmp_path / "out", "--run", chain.energy(), "--random-weights")
     record = [json.loads(line) for line in (tmp_path / "out/measured.jsonl").read_text().splitlines()]
     kid = next(row["value"] for row in record if row["metric"] == "kid")
-    assert rows["ours"]["KID"] == f"{100 * kid:.4g} (not valid)" and "a note" in said.splitlines()
-    assert rows["ours"]["days"] == f"{training_days(chain.energy()):.4g}"
+    assert rows["latent energy"]["KID"] == f"{100 * kid:.4g} (not valid)" and "a note" in said.splitlines()
+    assert rows["latent energy"]["days"] == f"{training_days(chain.energy()):.4g}"
     translator = open_translator(chain.energy())
     held = sum(p.numel() * 4 for n in (translator.autoencoder, translator.energy) for p in n.parameters()) / 1e9
-    assert held < float(rows["ours"]["GB"]) < 0.1
+    assert held < float(rows["latent energy"]["GB"]) < 0.1
     other = call("table5", chain, config, tmp_path / "two", "--run", chain.energy("orange", "apple"))
-    assert set(list(other[0]["ours"].values())[2:]) == {"not yet measured"}
+    assert set(list(other[0]["latent energy"].values())[2:]) == {"not yet measured"}
     assert "goes from orange to apple, which is no part of table5" in other[1]
 
 
@@ -172,7 +172,7 @@ def test_sizes_are_counted(chain, config, tmp_path):
     rows, _ = call("table6", chain, config, tmp_path / "out", "--run", chain.energy())
     translator = open_translator(chain.energy())
     counts = [sum(p.numel() for p in n.parameters()) / 1e6 for n in (translator.autoencoder, translator.energy)]
-    ours = rows["ours: apple2orange"]
+    ours = rows["latent energy: apple2orange"]
     assert ours["M"] == "{:.3g} + {:.3g}".format(*counts) and rows["theirs"]["M"] == "17 + 1.4"
     assert ours["days"] == " + ".join(f"{training_days(folder):.2g}" for folder in (chain.autoencoder, chain.energy()))
 
@@ -252,7 +252,7 @@ def test_a_changed_protocol_is_measured_again(chain, config, shallow, tmp_path):
     rows, _ = call(*given)
     assert [size for size, _ in record()] == [4, 8]
     # Hundred times the plain one, by the `scale` of the cell.
-    assert rows["ours"]["KID"] == f"{100 * record()[1][1]:.4g} (not valid)"
+    assert rows["latent energy"]["KID"] == f"{100 * record()[1][1]:.4g} (not valid)"
     before = record()
     call(*given)
     assert record() == before

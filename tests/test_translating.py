@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from plain_autoencoders import Pixels
 
-from letit_dist import memory
+from letit_dist import memory, pictures
 from letit_dist.autoencoders.base import build_autoencoder
 from letit_dist.data import inputs
 from letit_dist.data.inputs import open_images
 from letit_dist.data.transforms import decode, to_images, to_pixels
+from letit_dist.energy.classifier import LatentClassifier
 from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
 from letit_dist.energy.mlp import MLPEnergyConfig
 from letit_dist.energy.models import build_energy
@@ -110,6 +111,44 @@ def test_paths_have_a_frame_a_step(apples, tmp_path):
             assert strip.width == 3 + 3 * (96 + 3) and strip.height > 99  # a name above each
     [strip] = (tmp_path / "still/paths").glob("*.png")
     assert Image.open(strip).width == 3 + 96 + 3 and strip.with_suffix(".gif").exists()
+
+
+@pytest.mark.parametrize(
+    ("strength", "expected"),
+    [
+        (1.0, ["reconstruction", "step 1", "step 2", "step 3"]),
+        (0.5, ["reconstruction", "step 1", "strength 0.5"]),  # half of the second step
+        (2 / 3, ["reconstruction", "step 1", "strength 0.666667"]),
+        (0.0, ["reconstruction"]),
+    ],
+)
+def test_the_end_of_a_shortened_path_is_named_by_its_strength(strength, expected, apples, tmp_path, monkeypatch):
+    named = []
+
+    def watched(frames, *, names):
+        named.append(names)
+        return pictures.strip(frames, names=names)
+
+    monkeypatch.setattr(translating, "strip", watched)
+    translate(painter(steps=3), apples, tmp_path / "out", limit=2, path=True, strength=strength)
+    assert named == [expected, expected]
+
+
+def test_a_chain_that_arrives_before_its_strength_keeps_its_steps(apples, tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(translating, "strip", lambda frames, names: named.append(names) or pictures.strip(frames))
+    one = painter(steps=3)
+    there, elsewhere = ([place + torch.rand(4, 3, 16, 16)] for place in (0, -100))
+    arrived = LatentClassifier.fit(elsewhere, there)  # images are all on the target's side
+    translate(one, apples, tmp_path / "out", limit=1, path=True, strength=0.5, classifier=arrived)
+    assert len(named) == 1 and not any("strength" in name for name in named[0])
+
+
+def test_a_sheet_names_the_method(apples, tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(translating, "grid", lambda images: rows.append(list(images)) or pictures.grid(images))
+    translate(painter(), apples, tmp_path / "out", sheet=True, limit=2)
+    assert rows == [["source", "reconstruction", "latent energy"]]
 
 
 def test_sheets_hold_eight_columns(apples, tmp_path):

@@ -144,7 +144,7 @@ def compare_backbones(job: Job) -> Iterator[str]:
         translator = open_translator(job.energy(name), config.backbones[name]).to(job.device)
         rows.append(_measure(job, name, translator, judge, examples, tests))
         again, moved = _pictures(translator, shown["source"], config.seed)
-        shown |= {f"{name}:\nreconstruction": again, f"{name}:\ntranslation": moved}
+        shown |= {f"{name}:\nreconstruction": again, f"{name}:\n{METHOD}": moved}
         del translator
         models[name] = model.cpu()
         write_lines(rows, job.out / "backbones.jsonl")

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 
 from letit_dist.config import StrictConfig, load_config, read_tree
-from letit_dist.energy.translate import Translator, open_translators
+from letit_dist.energy.translate import METHOD, Translator, open_translators
 from letit_dist.errors import UserError
 from letit_dist.evaluation.extractors import Extractor, Kind, open_extractor
 from letit_dist.evaluation.features import check_alike, forget, gather_features, stamp_of, working_folder
@@ -277,7 +277,7 @@ def write_table(name: str, config: Path, runs: Sequence[str], job: Job) -> Itera
                 where = f"from {way[0] or 'any domain'} to {way[1]}"
                 yield f"notice: {translator.origin} goes {where}, which is no part of {name}"
         found = {column: measure_cell(job, cell, opened) for column, cell in table.columns.items()}
-        rows.append({"method": "ours", "from": "measured here", **{c: shown for c, (shown, _) in found.items()}})
+        rows.append({"method": METHOD, "from": "measured here", **{c: shown for c, (shown, _) in found.items()}})
         lines = [{"table": name, "column": column, **details} for column, (_, details) in found.items()]
     else:
         lines = []
@@ -285,10 +285,10 @@ def write_table(name: str, config: Path, runs: Sequence[str], job: Job) -> Itera
             counts = " + ".join(map(_millions, (translator.autoencoder, translator.energy)))
             told = {"parameters": counts, "days_of_both": _both_days(translator)}
             cells = {column: told.get(cell.measure, UNMEASURED) for column, cell in table.columns.items()}
-            rows.append({"method": f"ours: {_run_of(translator).name}", "from": "counted here", **cells})
+            rows.append({"method": f"{METHOD}: {_run_of(translator).name}", "from": "counted here", **cells})
             lines.append({"table": name, "run": str(translator.origin), **cells})
         if not opened:
-            rows.append({"method": "ours", "from": "counted here", **dict.fromkeys(table.columns, UNMEASURED)})
+            rows.append({"method": METHOD, "from": "counted here", **dict.fromkeys(table.columns, UNMEASURED)})
     yield f"{name}: {table.title}"
     yield markdown(rows)
     if table.note:

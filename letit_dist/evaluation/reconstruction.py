@@ -50,6 +50,12 @@ class Measured:
             row[f"{name}_perplexity"] = float(perplexity(counts))
         return {**row, **(extra or {})}
 
+    def card_metrics(self) -> dict[str, float]:
+        """The same by names for a model card."""
+        known = {"data", *self.meta}
+        row = {name: value for name, value in self.row().items() if name not in known and value is not None}
+        return {f"reconstruction: {name} on {self.label}": value for name, value in row.items()}
+
 
 def perplexity(counts: Tensor) -> Tensor:
     """exp of the entropy of the shares of (codes,): how many codes used equally often would be as diverse."""

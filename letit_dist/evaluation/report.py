@@ -7,10 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from letit_dist import hub
+from letit_dist.cards import card_to_mend
+from letit_dist.energy.folders import is_translator_folder
 from letit_dist.errors import UserError
 from letit_dist.evaluation.scoring import Scores
 from letit_dist.files import write_atomically
 from letit_dist.pictures import grid, save_picture
+from letit_dist.pretrained import find_folder
+
+
+def card_of(scored: str | Path, option: str) -> Path:
+    """The model card of what is scored: of a run's newest export, or of a folder of weights or of translators.
+    UserError that names `option` where there is none to add to."""
+    if hub.is_hub_id(scored):
+        raise UserError(f"{option}: {scored} is on the Hub; name a folder of yours")
+    folder = Path(scored)
+    return card_to_mend(folder if is_translator_folder(folder) else find_folder(folder), option)
 
 
 def write_lines(rows: Sequence[dict[str, Any]], path: Path) -> None:

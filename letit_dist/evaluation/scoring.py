@@ -38,6 +38,8 @@ _COLUMNS = (
 # On a terminal; all of them are in the file.
 _SHOWN = {"method", "valid", "target_accuracy", "content_error", "kept_accuracy", "pair_error", "latent_kernel"}
 _SHOWN |= {"l2_to_source", "lpips_alex", "fid_real", "fid_decoded"}
+# Of the machine, and of the table.
+_NOT_OF_THE_METHOD = {"method", "valid", "fit_seconds", "seconds", "mib"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Scores:
         found = {name for row in self.rows for name in row} - hidden
         found = found if whole else found & _SHOWN
         return markdown(self.rows, [column for column in _COLUMNS if column in found])
+
+    def card_metrics(self, test: str) -> dict[str, float]:
+        """What the method reaches on the images of `test`, by names for a model card; nothing of the clock."""
+        [row] = [row for row in self.rows if row["method"] == METHOD]
+        way = f"{row['source'] or 'any'} to {row['target'] or 'target'}"
+        found = {name: row[name] for name in _COLUMNS if name in row and name not in _NOT_OF_THE_METHOD}
+        return {f"{way}: {name} on {test}": value for name, value in found.items() if value is not None}
 
 
 def _encode(translator: Translator, pixels: Tensor, batch: int) -> Tensor:

@@ -19,7 +19,7 @@ from letit_dist.data.inputs import Images, ahead
 from letit_dist.data.progress import Progress
 from letit_dist.data.transforms import picture_pixels, resize_crop, to_images, to_pixels
 from letit_dist.energy.classifier import LatentClassifier
-from letit_dist.energy.translate import Translator
+from letit_dist.energy.translate import METHOD, Translator
 from letit_dist.files import require_folder
 from letit_dist.memory import MemoryPlan, plan_memory
 from letit_dist.pictures import grid, save_animation, save_picture, strip, to_picture, visible_size
@@ -150,21 +150,23 @@ def translate_all(
         planned = plan_translation(translator, len(images), options, budget)
         chunk = planned.images
         yield str(planned)
+    _, whole, fraction = translator.chain(**options.chain)
+    last = whole + (fraction > 0)
     source = ahead(iter(images), chunk)
     done = 0
     sheets: list[Path] = []
     steps: list[int] = []
-    waiting: dict[str, list[Tensor]] = {"source": [], "reconstruction": [], "translation": []}
+    waiting: dict[str, list[Tensor]] = {"source": [], "reconstruction": [], METHOD: []}
     with _Writers(_writers(options)) as writers, Progress("translating", len(images)) as progress:
         while batch := list(islice(source, chunk)):
             names, pixels = [name for name, _ in batch], torch.stack([p for _, p in batch])
             result = _translate(translator, pixels, range(done, done + len(batch)), options)
-            writers.write(partial(_write, name, result, row, out, options.format) for row, name in enumerate(names))
+            writers.write(partial(_write, name, result, row, out, options, last) for row, name in enumerate(names))
             steps += result.steps
             if result.reconstructions is not None:
                 waiting["source"] += pixels
                 waiting["reconstruction"] += result.reconstructions
-                waiting["translation"] += result.images
+                waiting[METHOD] += result.images
                 while len(waiting["source"]) >= _SHEET_COLUMNS:
                     sheets.append(_sheet(waiting, out, len(sheets)))
             done += len(batch)
@@ -194,13 +196,16 @@ def _sheet(waiting: dict[str, list[Tensor]], out: Path, number: int) -> Path:
     return path
 
 
-def _write(name: str, result: _Chunk, row: int, out: Path, format: str) -> None:
-    """All files of one image."""
-    quality = {"quality": 95, "subsampling": 0} if format == "jpg" else {}
-    save_picture(to_picture(result.images[row]), out / f"{name}.{format}", **quality)
+def _write(name: str, result: _Chunk, row: int, out: Path, options: TranslateOptions, last: int) -> None:
+    """All files of one image; a chain that does not arrive before takes `last` steps."""
+    quality = {"quality": 95, "subsampling": 0} if options.format == "jpg" else {}
+    save_picture(to_picture(result.images[row]), out / f"{name}.{options.format}", **quality)
     if result.frames:
         frames = [frame[row] for frame in result.frames]
         names = ["reconstruction", *(f"step {step}" for step in range(1, len(frames)))]
+        if options.strength < 1 and result.steps[row] == last > 0:
+            # It may lie between two steps.
+            names[-1] = f"strength {options.strength:g}"
         save_picture(strip(frames, names=names), out / "paths" / f"{name}.png")
         save_animation(frames, out / "paths" / f"{name}.gif")
 

@@ -216,7 +216,8 @@ def export(trainer: Trainer, card: Card, *, data: str, **extra: Any) -> Path:
     old = Card.read(folder) or Card()
     new = not folder.exists() or card.data not in (None, old.data) or card.licence not in (None, old.licence)
     card = replace(card, data=card.data or old.data or data, licence=card.licence or old.licence)
-    card = replace(card, metrics={**trainer.stats.last(), **card.metrics})
+    # Of the folder that is there: what eval/ has put onto its card.
+    card = replace(card, metrics={**old.metrics, **trainer.stats.last(), **card.metrics})
     with trainer.whole_trained() as recipe:
 
         def write() -> None:
