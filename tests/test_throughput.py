@@ -401,6 +401,7 @@ def test_help_names_every_benchmark():
         "data",
         "ranks",
         "save",
+        "zero",
         "startup",
         "all",
     ):

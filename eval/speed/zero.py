@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 LEGEND = """\
 Images a second of all ranks: median of the starts. Of DDP: median of the ratios to the start of DDP in the same turn
-(lowest to highest). MiB are those of the rank that has most. Peak: on a GPU the allocator's; on a CPU weights, copies
-and average when all is built, and what the process grows by from there, libraries that are loaded late included; median
-of the starts. Weights: with buffers. Copies: of weights, which DeepSpeed's optimiser moves in their place. Weights
-apart: after the timed steps, the norm of the difference to DDP's of the same turn, in units of the norm of what DDP's
-have moved by; the largest of the starts.
+(lowest to highest). MiB are those of the rank that has most. Peak, the median of the starts: on a GPU the allocator's;
+on a CPU weights, copies and average when all is built, and what the process grows by from there, after a pass that
+loads its libraries. Weights: with buffers. Copies: of weights, which DeepSpeed's optimiser moves in their place.
+Weights apart, the largest of the starts: after the timed steps, the norm of the difference to DDP's of the same turn,
+in units of the norm of what DDP's have moved by.
 """
 
 

@@ -44,6 +44,16 @@ def built(config: PretrainConfig) -> Recipe:
     return recipe_class(config.recipe, network, seed=config.training.seed, precision=config.training.precision)
 
 
+def _load_libraries(config: PretrainConfig) -> None:
+    """One pass of a recipe that nobody keeps: code that it loads and compiles is no stage's memory."""
+    recipe = built(config)
+    recipe.to(memory_format=torch.channels_last if config.training.channels_last else torch.contiguous_format)
+    side = config.autoencoder.resolution
+    batch = Batch({"images": torch.zeros(1, 3, side, side)}, torch.arange(1), 0, 1)
+    for phase in recipe.phases:
+        recipe(phase.name, batch).loss.backward()
+
+
 def _batches(trainer: Trainer, side: int) -> Iterator[Batch]:
     """This rank's parts of global batches that depend on nothing but their numbers."""
     plan, rank = trainer.plan, trainer.accelerator.process_index
@@ -112,6 +122,7 @@ def measured(trainer: Trainer, side: int, steps: int) -> dict[str, object]:
 
 def main(out: str, steps: str, path: str, *overrides: str) -> int:
     config = configuration(path, overrides)
+    _load_libraries(config)
     trainer = idle_trainer(built(config), Path(out), **dict(config.training))
     found = measured(trainer, config.autoencoder.resolution, int(steps))
     trainer.save()

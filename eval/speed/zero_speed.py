@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,16 @@ class Taken:
     apart: float  # the weights from DDP's, in units of how far DDP has moved them
 
 
+def way_apart(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """How far `found` is from `expected`, in units of the way from `start`: norms over all tensors that `start` has."""
+
+    def square(one: Tensor, other: Tensor) -> float:
+        return float((one.double() - other.double()).square().sum())
+
+    far = sum(square(found[name], expected[name]) for name in start)
+    return (far / sum(square(expected[name], value) for name, value in start.items())) ** 0.5
+
+
 class ZeroSpeed:
     """Steps of a configuration on two ranks of a CPU, or on every GPU."""
 
@@ -59,7 +68,7 @@ class ZeroSpeed:
         recipe = built(self.config)
         self._phases, self._inner = len(recipe.phases), recipe.inner_gradients
         self._start = {name: value.detach() for name, value in recipe.named_parameters()}
-        self._reference: dict[str, Tensor] | None = None
+        self._reference: dict[str, Tensor] = {}  # DDP's weights after the steps
         self._count = 0
 
     def require_usable(self, file: Path) -> None:
@@ -91,24 +100,15 @@ class ZeroSpeed:
         shutil.rmtree(out)
         if file is None:
             self._reference = weights
-        apart = self._apart(weights)
+        apart = way_apart(weights, self._reference, self._start)
         require_agreement({f"weights of {file or DDP} and {DDP}": apart}, _TOLERANCE)
-        held = {
-            kind: dict(max((Counter(one[kind]) for one in found), key=Counter.total))
-            for kind in ("weights", "moments", "copies")
-        }
+        kinds = ("weights", "moments", "copies")
+        held = {kind: max((one[kind] for one in found), key=lambda sizes: sum(sizes.values())) for kind in kinds}
         seconds = max(one["seconds"] for one in found)
         peaks = [one["peak"] for one in found]
-        return Taken(found[0]["images"] / seconds, None if None in peaks else max(peaks), apart=apart, **held)
-
-    def _apart(self, weights: dict[str, Tensor]) -> float:
-        assert self._reference is not None, "DDP comes first"
-        far = moved = 0.0
-        for name, start in self._start.items():
-            expected = self._reference[name].double()
-            far += float((weights[name].double() - expected).square().sum())
-            moved += float((expected - start.double()).square().sum())
-        return (far / moved) ** 0.5
+        rate = found[0]["images"] / seconds
+        print(f"{file or DDP}: {rate:.3g} images/s", file=sys.stderr, flush=True)
+        return Taken(rate, None if None in peaks else max(peaks), apart=apart, **held)
 
     def _launch(self, folder: Path, file: Path | None) -> Path:
         """One of the shipped launch files with these ranks and this JSON."""
