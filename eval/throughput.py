@@ -17,7 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from speed import alae, beta_vae, data, decode, energy, ranks, recompute, save, startup, translate, vqvae2
+from speed import alae, beta_vae, data, decode, energy, ranks, recompute, save, startup, translate, vqvae2, zero
 from speed import all as whole
 from speed.arguments import at_least_one
 
@@ -25,7 +25,7 @@ from letit_dist.errors import UserError, reports_errors
 from letit_dist.files import require_folder
 
 # name -> module with options(parser), and matches(args), a generator of its matches and facts
-_MODULES = (alae, vqvae2, beta_vae, energy, decode, translate, data, ranks, recompute, save, startup, whole)
+_MODULES = (alae, vqvae2, beta_vae, energy, decode, translate, data, ranks, recompute, save, zero, startup, whole)
 BENCHMARKS = {module.__name__.removeprefix("speed."): module for module in _MODULES}
 
 
@@ -73,16 +73,20 @@ def main(argv: list[str] | None = None) -> int:
         require_folder(args.out, "--out")
     import torch
 
-    from letit_dist.evaluation.benchmark import LEGEND, Fact, Report, machine, measure
+    from letit_dist.evaluation.benchmark import LEGEND, Fact, Report, Result, Row, machine, measure
     from letit_dist.training.run import environment
 
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    results, facts = [], []
+    results: list[Result | Row] = []
+    facts = []
     for match in BENCHMARKS[args.command].matches(args):
         if isinstance(match, Fact):
             facts.append(match)
+            continue
+        if isinstance(match, Row):
+            results.append(match)
             continue
         # A compiler sees several variants of an iteration (with and without style mixing) before it comes to rest.
         warmup = 5 if args.compile else 1

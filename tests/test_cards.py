@@ -146,6 +146,8 @@ def test_the_licence_that_lies_beside_a_published_file(tmp_path):
 
     found, said = licence("none")
     assert found is None and said.startswith("licence: not stated (--licence)")
+    (tmp_path / "LICENSE").write_text("Terms of our own\n")
+    assert licence("own")[0] is None
     (tmp_path / "LICENSE").write_text("\n  Apache License\n   Version 2.0, January 2004\n")
     assert licence("beside") == ("apache-2.0", "")
     (tmp_path / "README.md").write_text("---\nlicense: cc-by-4.0\ndatasets:\n- laion\n- coyo\n---\n# theirs\n")
@@ -184,6 +186,13 @@ def test_cards_of_several_energies_are_joined():
     assert Card.together([one]) == one and Card.together([None]) == Card()
     assert Card.together([one, two, one]) == Card("a\nb", "mit", "first\nsecond")
     assert Card.together([one, Card("a")]) == Card("a", None, "first")
+    for licence in ("apache-2.0", "cc-by-4.0", "cc0-1.0", "gpl-3.0", "openrail"):  # whichever of two a set has first
+        assert Card.together([one, Card("a", licence)]).licence is None
+
+
+def test_what_would_break_a_table_does_not():
+    text = Card(metrics={"a | b": "one\ntwo", "PSNR": 29.123456}).text("t", {"parent": "x|y"}, "pass")
+    assert "\n| a \\| b | one two |\n| PSNR | 29.12 |\n" in text and "\n| parent | x\\|y |\n" in text
 
 
 CPU = {"ACCELERATE_USE_CPU": "True"}

@@ -197,6 +197,12 @@ def test_the_rates_of_all_levels_may_change_and_nothing_beside_them(tmp_path):
     assert open_run(tmp_path, rates(0.002, 0.001)) == []
     line = "recipe.optimizer.learning_rate: [0.002, 0.001] -> [0.001, 0.001] from 0 images on (noted in changes.jsonl)"
     assert open_run(tmp_path, rates(0.001, 0.001)) == [line]
+    assert len(open_run(tmp_path, rates(0.003, 0.001))) == 1
+    noted = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
+    assert [(one["before"], one["after"]) for one in noted] == [
+        ([0.002, 0.001], [0.001, 0.001]),
+        ([0.001, 0.001], [0.003, 0.001]),
+    ]
     with pytest.raises(UserError, match=r"or undo:\n  recipe.optimizer.decay: None -> \[1, 2\]$"):
         open_run(tmp_path, rates(0.1, 0.1, decay=(1, 2)))
 

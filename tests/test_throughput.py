@@ -87,6 +87,7 @@ def test_help_names_every_benchmark():
         "data",
         "ranks",
         "save",
+        "zero",
         "startup",
         "all",
     ):

@@ -10,9 +10,9 @@ from letit_dist.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from letit_dist.evaluation.benchmark import Fact, Match
+    from letit_dist.evaluation.benchmark import Fact, Match, Row
 
-Rows: TypeAlias = "Iterator[Match | Fact]"  # what a benchmark yields
+Rows: TypeAlias = "Iterator[Match | Fact | Row]"  # what a benchmark yields
 
 # Of a network for 256 pixels: channels there, at most, of the latent, and mapping layers. "full" is as published.
 WIDTHS = {"tiny": (2, 8, 8, 2), "small": (8, 64, 64, 8), "medium": (16, 128, 128, 8), "full": (64, 512, 512, 8)}

@@ -107,6 +107,18 @@ class Result:
         }
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of a table of its own columns, where more than two ways are compared."""
+
+    columns: dict[str, object]
+    operations: None = None
+
+    def row(self) -> dict[str, object]:
+        """Column -> what it shows."""
+        return self.columns
+
+
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile, interpolated between the values."""
     if len(values) == 1:
@@ -314,7 +326,7 @@ class Report:
     command: str
     commit: str | None
     machine: str
-    results: Sequence[Result]
+    results: Sequence[Result | Row]
     facts: Sequence[Fact] = ()
     settings: dict[str, object] = field(default_factory=dict)
     day: date = field(default_factory=date.today)

@@ -60,6 +60,19 @@ class TrainingState:
                         found[f"{slot}/{names[parameter]}"] = full.cpu().clone()
         return found
 
+    def held(self) -> dict[str, list[Tensor]]:
+        """What this rank keeps between two steps: its share of the weights (buffers are whole), of what the optimiser
+        remembers, and of the copies that a sharding optimiser moves in their place."""
+        keeper = self if self.zero is None else self.zero
+        parameters: Iterator[Any] = self.recipe.parameters()
+        shares = [parameter.ds_tensor if self.partitioned else parameter for parameter in parameters]
+        slots = keeper.optimizer.state.values()
+        return {
+            "weights": [*shares, *self.recipe.buffers()],
+            "moments": [value for slot in slots for name, value in slot.items() if name != "step"],
+            "copies": [] if self.zero is None else [flat for _, flat in self._groups()],
+        }
+
     def load_weights(self, tensors: dict[str, Tensor], where: str) -> None:
         """Into the recipe, and into the copy that a sharding optimiser keeps."""
         with self.whole(changed=True):
