@@ -67,10 +67,28 @@ def _lock(folder: Path) -> None:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         handle.close()
-        raise UserError(
-            f"another process is running in {folder}: wait for it, stop it, or name another --run"
-        ) from None
+        raise UserError(_held(folder)) from None
     _HELD[folder.resolve()] = handle
+
+
+def _held(folder: Path) -> str:
+    return f"another process is running in {folder}: wait for it, stop it, or name another --run"
+
+
+def require_unheld(folder: Path) -> None:
+    """UserError where another process runs in `folder`; nothing is written."""
+    lock = folder / ".lock"
+    if folder.resolve() in _HELD or not lock.is_file():  # a process that closes the file anywhere drops its own lock
+        return
+    try:
+        handle = lock.open("r")
+    except OSError as error:
+        raise UserError(f"cannot write into the run folder {folder}: .lock: {error.strerror or error}") from None
+    with handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(_held(folder)) from None
 
 
 def _note_changes(folder: Path, changes: Changes, now: Tree) -> list[str]:
