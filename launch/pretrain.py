@@ -123,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(plans) == 1:
         trainer.say(f"batch: {plans[0]}")
     code = trainer.train()
+    if feed.unverified:
+        print(feed.unverified, flush=True)
     if code == 0:
         card = cards.Card(args.data, args.licence, cards.command_line("launch/pretrain.py", argv))
         export(trainer, card, data=", ".join(config.data.train))

@@ -20,6 +20,7 @@ the numbers of stats.jsonl there as well: TensorBoard's files go to RUN/tensorbo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
     config = load_config(TrainEnergyConfig, args.config, args.overrides)
 
-    from letit_dist.autoencoders.base import load_autoencoder
+    from letit_dist.autoencoders.base import Autoencoder, load_autoencoder
     from letit_dist.data.latents import LatentSet
     from letit_dist.energy.baselines import MeanShift
     from letit_dist.energy.models import build_energy, conditions_of, load_energy
@@ -68,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     if problems := config.recipe.problems(None, config.training):
         raise UserError("\n".join(problems))
     (plan,) = plan_batches(config.training, args.ranks or launched_ranks())
+
+    def load() -> Autoencoder:
+        return load_autoencoder(find_folder(config.autoencoder))
+
+    opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if args.check:
         from letit_dist.training.dry_run import DryRun
 
@@ -75,21 +81,25 @@ def main(argv: list[str] | None = None) -> int:
         if args.without_data or is_hub_id(config.autoencoder):
             dry.unseen(LatentEnergyRecipe)
             return dry.finish()
-
-    autoencoder = load_autoencoder(find_folder(config.autoencoder))
-    fingerprint = autoencoder.fingerprint()
-    sides = [LatentSet.open(folder, autoencoder_fingerprint=fingerprint) for folder in config.data.folders]
-    several, by_size = bool(config.data.domains), config.data.balance == "size"
-    feed = LatentFeed(*sides, seed=config.training.seed, every_way=several, by_size=by_size)
-    unit = measure_unit(autoencoder, *sides)
-    shifts = {
-        (feed.names[source], feed.names[target]): MeanShift.fit(
-            *(all_latents(autoencoder, sides[side], most=64 if args.check else None) for side in (source, target))
+        opening = dry.opening(
+            LatentEnergyRecipe, lambda: load_autoencoder(find_folder(config.autoencoder)).fingerprint()
         )
-        for source, target in feed.pairs
-    }
+
+    several, by_size = bool(config.data.domains), config.data.balance == "size"
     on = config.energy.condition_on
-    named = [] if on is None else conditions_of(on, feed.names)
+    with opening:
+        autoencoder = load()
+        fingerprint = autoencoder.fingerprint()
+        sides = [LatentSet.open(folder, autoencoder_fingerprint=fingerprint) for folder in config.data.folders]
+        feed = LatentFeed(*sides, seed=config.training.seed, every_way=several, by_size=by_size)
+        unit = measure_unit(autoencoder, *sides)
+        shifts = {
+            (feed.names[source], feed.names[target]): MeanShift.fit(
+                *(all_latents(autoencoder, sides[side], most=64 if args.check else None) for side in (source, target))
+            )
+            for source, target in feed.pairs
+        }
+        named = [] if on is None else conditions_of(on, feed.names)
 
     def build() -> LatentEnergyRecipe:
         assert isinstance(config.recipe, LatentEnergyConfig)

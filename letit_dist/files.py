@@ -8,6 +8,8 @@ from pathlib import Path
 
 from letit_dist.errors import UserError
 
+WAITS = (0.5, 1, 2, 4, 8)  # seconds before each further attempt to read what a disk or a server may give again
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside, flush to disk, rename: `path` holds all of `data` or what it held before. Makes its folder."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import os
 import resource
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from letit_dist.errors import UserError
+from letit_dist.ranks import place_on_machine
 
 Precision = Literal["fp32", "bf16"]
 GIB = 1 << 30
@@ -52,7 +52,8 @@ def available_bytes() -> int | None:
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
         limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used)
-    free = [value // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) for value in free]
+    _, ranks = place_on_machine()
+    free = [value // ranks for value in free]
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     with contextlib.suppress(OSError, ValueError):
         if soft != resource.RLIM_INFINITY:

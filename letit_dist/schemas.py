@@ -79,10 +79,11 @@ class ImagesConfig(StrictConfig):
     )
     cache_gib: float = Field(50, ge=0.1, description="what it may take, for all processes of a machine together")
     workers: int = Field(2, ge=0, description="loader processes a rank")
-    verify: Literal["hashes", "sizes"] = Field(
+    verify: Literal["hashes", "once", "sizes"] = Field(
         "hashes",
-        description="hashes: local shards are hashed once, in the background, and one that is not as its index says "
-        "ends the run; sizes: only their sizes are looked at",
+        description="hashes: local shards are hashed in the background, by every machine, since each may have a copy "
+        "of its own, and one that is not as its index says ends the run; once: by all machines together, for storage "
+        "that they share; sizes: only their sizes are looked at",
     )
     flip: bool = True
     grayscale: float = Field(0.0, ge=0, le=1, description="probability of turning an image grey")

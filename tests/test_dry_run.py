@@ -2,16 +2,21 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from programs import ROOT, STYLES, run
 from refusals import energy_command, one
 
+from letit_dist.config import load_config
 from letit_dist.data import order
 from letit_dist.data.reader import ShardDataset
-from letit_dist.training.dry_run import shards_of_a_rank
+from letit_dist.schemas import PretrainConfig
+from letit_dist.training.dry_run import DryRun, gib, shards_of_a_rank
 from letit_dist.training.plan import BatchPlan
+from letit_dist.training.run import open_run
 
 
 def check(chain, folder, *more, energy=False):
@@ -72,6 +77,52 @@ def test_all_problems_come_at_once(chain, tmp_path, monkeypatch):
     assert all(line.startswith(f"error: {s}") for line, s in zip(done.errors, starts, strict=True)), done.err
 
 
+def test_all_problems_of_an_energy_come_at_once(chain, tmp_path, stranger, monkeypatch):
+    monkeypatch.setattr("letit_dist.training.setup._installed", lambda name: False)
+    (tmp_path / "run").touch()
+    more = ("--check", "training.trackers=[wandb]", "--deepspeed", tmp_path / "none.json")
+    before = ("training.trackers: ", f"{tmp_path}/run is a file", f"{tmp_path}/none.json: No such")
+    places = {"autoencoder": tmp_path / "a", "source": tmp_path / "b", "target": tmp_path / "c"}
+    done = run(*energy_command(chain, tmp_path / "run", **places), *more)
+    assert done.code == 2 and len(done.errors) == 6, done.err
+    assert all(line.startswith(f"error: {start}") for line, start in zip(done.errors, before, strict=False)), done.err
+    assert all(str(place) in line for line, place in zip(done.errors[3:], places.values(), strict=True))
+    done = run(*energy_command(chain, tmp_path / "run", autoencoder=stranger), *more)
+    assert len(done.errors) == 5 and all("encoded by autoencoder" in line for line in done.errors[3:])
+    # What no single input shows.
+    shutil.copytree(chain.latents("orange"), tmp_path / "again")
+    command = [word for word in energy_command(chain, tmp_path / "run") if not str(word).startswith("data.")]
+    domains = f"data.domains=[{chain.latents('orange')},{tmp_path}/again]"
+    done = run(*command, "--check", domains, "energy.condition_on=target")
+    assert done.code == 2 and len(done.errors) == 2 and "two of one name" in done.errors[1]
+
+
+def test_a_folder_in_which_another_process_runs(chain, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(chain.autoencoder, folder)
+    code = (
+        "import fcntl, pathlib, sys; f = open(pathlib.Path(sys.argv[1]) / '.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    given = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], **given) as other:
+        assert other.stdout.readline() == "locked\n"
+        done = check(chain, folder)
+        assert done.code == 2 and one(done.errors).startswith(f"error: another process is running in {folder}: wait")
+        other.communicate()
+    assert check(chain, folder).code == 0
+
+
+def test_a_folder_that_this_process_holds_stays_held(chain, tmp_path):
+    """A process that closes the file of its lock has lost it."""
+    config = load_config(PretrainConfig, chain.autoencoder / "config.yaml", [])
+    open_run(tmp_path, config)
+    DryRun(config, [BatchPlan(16, 1, 1)], run=tmp_path)
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")], capture_output=True, text=True)
+    assert done.returncode == 1 and "BlockingIOError" in done.stderr
+
+
 def test_data_that_are_not_here_or_of_another_size(chain, tmp_path):
     done = check(chain, tmp_path / "new", f"data.train=[{tmp_path}/none]")
     assert done.code == 2 and f"{tmp_path}/none is not here" in one(done.errors)
@@ -90,7 +141,7 @@ def test_an_energy_without_its_latents(chain, tmp_path, stranger):
     done = run(*energy_command(chain, tmp_path / "new", **nowhere), "--check")
     assert done.code == 2 and f"{tmp_path / 'none'}" in one(done.errors)
     done = run(*energy_command(chain, tmp_path / "new", autoencoder=stranger), "--check")
-    assert done.code == 2 and "encoded by autoencoder" in one(done.errors)
+    assert done.code == 2 and ["encoded by autoencoder" in line for line in done.errors] == [True, True]
     command = energy_command(chain, tmp_path / "new", autoencoder=tmp_path / "none", **nowhere)
     done = run(*command, "--check", "--without-data")
     assert done.code == 0 and lines(done)[-1].startswith("autoencoder and latents: elsewhere, not looked at")
@@ -125,16 +176,47 @@ def test_a_cache_of_remote_shards(chain, tmp_path):
     assert done.errors and not list(tmp_path.iterdir())
 
 
+def test_local_data_beside_those_on_a_server(chain, tmp_path):
+    def beside(*local, **more):
+        places = ",".join(map(str, ("https://nowhere.invalid/a", *local)))
+        more = {"data.cache": tmp_path / "cache", "data.cache_gib": 0.5, **more}
+        return check(chain, tmp_path / "new", f"data.train=[{places}]", *(f"{k}={v}" for k, v in more.items()))
+
+    done = beside(chain.images("apple"))
+    assert done.code == 0, done.err
+    assert "data: 24 images in 1 shards here, beside those on a server" in lines(done)
+    done = beside(tmp_path / "none", chain.images("apple"), tmp_path / "nor")
+    assert done.code == 2 and [line.split()[2] for line in done.errors] == [f"{tmp_path}/none", f"{tmp_path}/nor"]
+    done = beside(chain.images("apple"), **{"autoencoder.resolution": 64})
+    assert done.code == 2 and "holds images of 32x32, autoencoder.resolution is 64" in one(done.errors)
+    tars = tmp_path / "tars"
+    shutil.copytree(chain.images("apple"), tars)
+    (tars / "index.json").unlink()
+    assert "cannot be mixed in one stream" in one(beside(tars).errors)
+    remote = f"data.train=[{tars},'https://nowhere.invalid/b-{{0..2}}.tar']"
+    given = (remote, f"data.cache={tmp_path}/cache", "data.cache_gib=0.5", "data.workers=0")
+    done = check(chain, tmp_path / "new", *given, "--ranks", 2)
+    assert done.code == 0 and "data: 4 shards without an index, 2 a rank, dealt to 2 readers" in done.out, done.err
+    done = check(chain, tmp_path / "new", *given, "autoencoder.resolution=64")
+    assert done.code == 2 and "holds images of 32x32" in one(done.errors)
+
+
 def test_a_full_disk(chain, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("letit_dist.training.dry_run.shutil.disk_usage", lambda path: usage)
     done = check(chain, tmp_path / "new")
     assert done.code == 2 and "are needed for checkpoints, export and pictures" in one(done.errors)
     assert lines(done)[-1].endswith("(NOT ENOUGH)") and not (tmp_path / "new").exists()
-    # What a finished run holds already needs no room.
-    held = sum(path.stat().st_size for path in chain.autoencoder.rglob("*") if path.is_file())
-    done = check(chain, chain.autoencoder)
-    assert f"{held / 2**20:.3g} MiB of it there already" in lines(done)[-1]
+    # What a finished run holds of this already needs no room; what else lies there makes none.
+    folder = tmp_path / "run"
+    shutil.copytree(chain.autoencoder, folder)
+    counted = (path for kind in ("checkpoints", "export", "samples") for path in (folder / kind).rglob("*"))
+    held = sum(path.stat().st_size for path in counted if path.is_file())
+    for other in ("wandb/log", "tensorboard/events", "checkpoints/damaged-images-000000000480/model.safetensors"):
+        (folder / other).parent.mkdir(parents=True)
+        (folder / other).write_bytes(bytes(held))
+    done = check(chain, folder)
+    assert f"{gib(held)} of it there already" in lines(done)[-1]
 
 
 def test_a_gpu_that_is_too_small(chain, tmp_path):

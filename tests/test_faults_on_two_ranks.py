@@ -105,7 +105,7 @@ def test_shards_that_are_not_those_that_were_packed_are_refused(tmp_path, severa
         done, _ = launch(tmp_path / "run", shards, "none")
         assert done.returncode not in (0, 75)
         (line,) = [line for line in done.stderr.splitlines() if "sha256" in line]
-        assert line.startswith(f"[rank {number}] error: {path}: sha256 ") and "copy it again, then the same" in line
+        assert line.startswith(f"[rank {number}] error: {path}: sha256 ") and "restore it, then the same" in line
         assert checkpoints(tmp_path / "run") == []
         path.write_bytes(data)
     done, _ = launch(tmp_path / "run", shards, "none")

@@ -12,6 +12,7 @@ LEAVES = {
     "winograd",
     "compiled",
     "errors",
+    "ranks",
     "registry",
     "rng",
     "schedule",

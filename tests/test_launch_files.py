@@ -106,9 +106,11 @@ def test_the_kubernetes_manifest_starts_what_is_there():
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 pids=()
-for id in $(seq 0 $((SLURM_NTASKS - 1))); do
-  SLURM_PROCID=$id SLURM_LOCALID=$id "$@" &
+id=0
+for place in $PLACES; do
+  SLURM_PROCID=$id SLURM_NODEID=${place%:*} SLURM_LOCALID=${place#*:} "$@" &
   pids+=($!)
+  id=$((id + 1))
 done
 echo "${pids[@]}" > "$PIDS"
 highest=0
@@ -141,6 +143,8 @@ def cluster(tmp_path):
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NTASKS": "2",
+        "SLURM_TASKS_PER_NODE": "2",
+        "PLACES": "0:0 0:1",  # node and number there of each task
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
@@ -168,6 +172,17 @@ def test_slurm_saves_and_requeues_and_the_same_job_continues(cluster, tmp_path, 
     assert job.returncode == 0, out
     assert "resumed at " in out and (tmp_path / "run/checkpoints/images-000000000128").is_dir()
     assert len((tmp_path / "requeued").read_text().split()) == 1
+
+
+def test_slurm_tells_each_rank_how_many_are_on_its_node(cluster, tmp_path):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    # One write, whatever the other tasks write.
+    (tmp_path / "seen.py").write_text(f"import os; os.write(1, (' '.join(map(os.getenv, {names})) + '\\n').encode())")
+    places = {"SLURM_NTASKS": "5", "SLURM_TASKS_PER_NODE": "2(x2),1", "PLACES": "0:0 0:1 1:0 1:1 2:0"}
+    command = ["bash", "launch/slurm/train.sbatch", str(tmp_path / "seen.py")]
+    done = subprocess.run(command, cwd=ROOT, env={**cluster, **places}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 5 0 2", "1 5 1 2", "2 5 0 2", "3 5 1 2", "4 5 0 1"]
 
 
 def test_slurm_does_not_requeue_a_mistake(cluster, tmp_path):

@@ -12,6 +12,7 @@ from conftest import ROOT, stats_of
 from letit_dist.config import parse_config
 from letit_dist.errors import UserError
 from letit_dist.schemas import PretrainConfig, TrainingConfig
+from letit_dist.training import run
 from letit_dist.training.feeds import ImageFeed
 from letit_dist.training.run import environment, open_run
 
@@ -112,7 +113,7 @@ def test_a_config_that_cannot_be_read_is_an_error_of_its_own(tmp_path, content):
 
 def test_a_folder_that_cannot_be_made_is_a_plain_message(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write into the run folder .*file/run: .*/file is a file"):
+    with pytest.raises(UserError, match=r"cannot write into the run folder .*file/run: .*/file is a file$"):
         open_run(tmp_path / "file/run", config())
 
 
@@ -205,6 +206,63 @@ def test_the_rates_of_all_levels_may_change_and_nothing_beside_them(tmp_path):
     ]
     with pytest.raises(UserError, match=r"or undo:\n  recipe.optimizer.decay: None -> \[1, 2\]$"):
         open_run(tmp_path, rates(0.1, 0.1, decay=(1, 2)))
+
+
+RATE = "recipe.optimizer.learning_rate"
+
+
+def noted(folder):
+    return [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
+
+
+def with_rate(rate):
+    return config(recipe__optimizer={"learning_rate": rate, "eps": 1e-8})
+
+
+@pytest.mark.parametrize(("rate", "lines"), [(0.002, 2), (0.001, 2), (0.01, 1)])
+def test_a_change_is_noted_once_however_its_start_ends(tmp_path, monkeypatch, rate, lines):
+    """Killed after the note and before the configuration: another start makes the change, another one, or none."""
+    open_run(tmp_path, with_rate(0.1))
+    open_run(tmp_path, with_rate(0.01))
+    first = noted(tmp_path)
+    really = run.write_atomically
+
+    def killed(path, data):
+        if path.name == "config.yaml":
+            raise KeyboardInterrupt
+        really(path, data)
+
+    monkeypatch.setattr(run, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(tmp_path, with_rate(0.002))
+    assert noted(tmp_path)[1:] == [{"images_seen": 0, "key": RATE, "before": 0.01, "after": 0.002}]
+    monkeypatch.undo()
+    with (tmp_path / "changes.jsonl").open("a") as stream:
+        stream.write('{"images_seen": 0, "ke')  # what an append that was killed would have left
+    open_run(tmp_path, with_rate(rate))
+    expected = [{"images_seen": 0, "key": RATE, "before": 0.01, "after": rate}]
+    assert noted(tmp_path) == first + expected[: lines - 1]
+
+
+def test_a_change_is_noted_from_where_the_run_goes_on(program, tmp_path, capsys):
+    """The newest checkpoint is damaged, so it goes on from the one before, and was not at its end."""
+    folder = tmp_path / "run"
+    assert program("intervals.checkpoint=8") == 0
+    damaged = folder / f"checkpoints/images-{24:012d}/model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    (folder / "checkpoints/images-of mine").mkdir()
+    changed = open_run(folder, parse_config(PretrainConfig, halved(folder)))
+    assert changed == [f"{RATE}: 1e-05 -> 5e-06 from 16 images on (noted in changes.jsonl)"]
+    assert damaged.read_bytes() == data
+
+
+def halved(folder):
+    """The configuration of a run, at half the rate."""
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    tree["recipe"]["optimizer"]["learning_rate"] /= 2
+    return tree
 
 
 def test_an_export_that_was_lost_is_written_again(program, tmp_path):

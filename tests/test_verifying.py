@@ -1,10 +1,14 @@
 """Shards whose bytes are no longer those of their index, though every image in them decodes."""
 
+import errno
+import os
+import threading
 import time
 
 import pytest
 from conftest import tiny_autoencoder
 
+from letit_dist import files
 from letit_dist.data import verifying
 from letit_dist.data.encoding import EncodeOptions, encode_domain
 from letit_dist.data.index import Index
@@ -42,6 +46,11 @@ def first(feed, rank=0, ranks=1):
     return sound(next(feed.batches(0, 4, rank, ranks, None)))
 
 
+def require(verification):
+    if verification.problem:
+        raise UserError(verification.problem)
+
+
 def sound(batch):
     """As training does it: what a batch says of the data ends the run."""
     if batch.problem:
@@ -57,27 +66,60 @@ def test_a_small_set_is_known_to_be_whole_before_anything_is_learnt(shards, work
         first(feed(shards, workers=workers))
     lines = str(caught.value).splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{shards / 'shard-00002.tar'}: sha256 ")
-    assert lines[0].endswith(": it is not as it was packed; copy it again, then the same command continues")
+    assert lines[0].endswith(": it is not as it was packed: restore it, then the same command continues")
     first(feed(shards, verify="sizes"))
 
 
-def test_ranks_of_a_machine_share_the_work_and_each_machine_does_all(shards, monkeypatch):
-    flip(shards / "shard-00001.tar")
-    for rank, bad in ((0, False), (1, True)):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        if bad:
-            with pytest.raises(UserError, match=r"shard-00001\.tar: sha256"):
-                first(feed(shards), rank, 2)
-        else:
-            first(feed(shards), rank, 2)
-    # No launcher says how many there are here, or Slurm alone does: nothing is left out.
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert verifying.place_on_machine() == (0, 1)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
-    assert verifying.place_on_machine() == (1, 8)
-    monkeypatch.delenv("LOCAL_RANK")
-    assert verifying.place_on_machine() == (0, 1)
+# What launchers tell the ranks of two machines, eight on one and four on the other: by (rank, machine, number there).
+LAUNCHERS = {
+    "torchrun": lambda rank, node, local: {"LOCAL_RANK": local, "LOCAL_WORLD_SIZE": (8, 4)[node]},
+    "deepspeed": lambda rank, node, local: {"LOCAL_RANK": local, "LOCAL_SIZE": (8, 4)[node]},
+    "mpirun": lambda rank, node, local: {
+        "OMPI_COMM_WORLD_LOCAL_RANK": local,
+        "OMPI_COMM_WORLD_LOCAL_SIZE": (8, 4)[node],
+    },
+    "srun": lambda rank, node, local: {
+        **{"RANK": rank, "WORLD_SIZE": 12, "LOCAL_RANK": local, "SLURM_PROCID": rank, "SLURM_LOCALID": local},
+        **{"SLURM_NODEID": node, "SLURM_TASKS_PER_NODE": "8,4", "SLURM_NTASKS_PER_NODE": 8},
+    },
+    "a batch script": lambda rank, node, local: {
+        **{"RANK": rank, "WORLD_SIZE": 12, "LOCAL_RANK": local, "SLURM_PROCID": 0, "SLURM_LOCALID": 0},
+        **{"SLURM_NODEID": 0, "SLURM_TASKS_PER_NODE": "8,4", "SLURM_NTASKS_PER_NODE": 8},
+    },
+    "nobody": lambda rank, node, local: {"LOCAL_RANK": local, "SLURM_NTASKS_PER_NODE": 8},
+}
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Names of the shards that are hashed, in turn."""
+    names, really = [], Index.hash_problem
+    monkeypatch.setattr(Index, "hash_problem", lambda index, shard: names.append(shard.name) or really(index, shard))
+    return names
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_of_a_machine_share_the_work_and_each_machine_does_all(shards, monkeypatch, hashed, launcher):
+    index = Index.read(shards)
+    everything = sorted(shard.name for shard in index.shards)
+    places = [(rank, rank // 8, rank % 8) for rank in range(12)]
+    for machine in (0, 1):
+        del hashed[:]
+        for place in (place for place in places if place[1] == machine):
+            with monkeypatch.context() as patched:
+                for name, value in LAUNCHERS[launcher](*place).items():
+                    patched.setenv(name, str(value))
+                require(verifying.Verification([index]))
+        # Each says nothing of how many there are, or not of these ranks: then it is done more than once.
+        at_least = {"a batch script": set, "nobody": set}.get(launcher, list)
+        assert sorted(at_least(hashed)) == everything
+
+
+def test_ranks_of_all_machines_share_the_work_where_they_share_the_storage(shards, hashed):
+    index = Index.read(shards)
+    for rank in range(3):
+        require(verifying.Verification([index], (rank, 3)))
+    assert sorted(hashed) == sorted(shard.name for shard in index.shards)
 
 
 def test_a_large_set_delays_nothing_and_is_found_out_on_the_way(shards, monkeypatch, capsys):
@@ -92,8 +134,9 @@ def test_a_large_set_delays_nothing_and_is_found_out_on_the_way(shards, monkeypa
     monkeypatch.setattr(Index, "hash_problem", slow)
     batches = feed(shards).batches(0, 4, 0, 1, None)
     assert len(next(batches).positions) == 4
-    count = len(list(shards.glob("*.tar")))
-    assert f"data.verify: {count} shards (0.000123 GB) are hashed in the background\n" in capsys.readouterr().out
+    found = Index.read(shards).shards
+    total = f"{len(found)} shards ({sum(shard.bytes for shard in found) / 1e9:.3g} GB)"
+    assert f"data.verify: {total} are hashed in the background\n" in capsys.readouterr().out
     end = time.monotonic() + 30
     with pytest.raises(UserError, match=r"shard-00003\.tar: sha256"):
         while time.monotonic() < end:
@@ -104,8 +147,71 @@ def test_a_large_set_delays_nothing_and_is_found_out_on_the_way(shards, monkeypa
 def test_one_that_cannot_be_read_is_named(shards):
     index = Index.read(shards)
     (shards / "shard-00004.tar").unlink()
-    with pytest.raises(UserError, match=r"shard-00004\.tar: cannot be read: No such file"):
-        raise UserError(str(verifying.Verification([index]).problem))
+    end = r"cannot be read: No such file or directory: restore it, then the same command continues$"
+    with pytest.raises(UserError, match=rf"shard-00004\.tar: {end}"):
+        require(verifying.Verification([index]))
+
+
+class Flaky:
+    """`hash_file` on storage that fails `times` times."""
+
+    def __init__(self, times):
+        self.left = times
+
+    def __call__(self, path):
+        self.left -= 1
+        if self.left >= 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return files.hash_file(path)
+
+
+def test_an_outage_of_the_storage_is_no_damage(shards, monkeypatch):
+    index = Index.read(shards)
+    monkeypatch.setattr("letit_dist.data.index.WAITS", (0, 0))
+    monkeypatch.setattr("letit_dist.data.index.hash_file", Flaky(2))
+    verification = verifying.Verification([index])
+    require(verification)
+    assert verification.unfinished is None
+    monkeypatch.setattr("letit_dist.data.index.hash_file", Flaky(3))
+    with pytest.raises(UserError) as caught:
+        require(verifying.Verification([index]))
+    assert str(caught.value) == (
+        f"{shards / 'shard-00000.tar'}: cannot be read, in 3 attempts: {os.strerror(errno.ESTALE)}: restore it, or the "
+        "disk or server that it lies on, then the same command continues"
+    )
+
+
+def test_a_thread_that_ends_is_heard_of(shards, monkeypatch):
+    def broken(path):
+        raise MemoryError("no more\nof it")
+
+    monkeypatch.setattr("letit_dist.data.index.hash_file", broken)
+    with pytest.raises(UserError, match=r"shard-00000\.tar: could not be hashed: MemoryError: no more of it: remove"):
+        require(verifying.Verification([Index.read(shards)]))
+
+
+def test_a_run_that_ends_before_them_says_so(shards, monkeypatch):
+    index = Index.read(shards)
+    monkeypatch.setattr(verifying, "PATIENCE", 0)
+    go, really = threading.Semaphore(2), Index.hash_problem
+    monkeypatch.setattr(Index, "hash_problem", lambda index, shard: go.acquire() and really(index, shard))
+    verification = verifying.Verification([index])
+    count = len(index.shards)
+    wait_until(lambda: verification.unfinished == said(2, count))
+    require(verification)
+    go.release(count)
+    wait_until(lambda: verification.unfinished is None)
+
+
+def said(hashed, count):
+    return f"data.verify: {hashed} of {count} shards were hashed, the others may have changed"
+
+
+def wait_until(true):
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_latents_as_well(shards, fruit_latents, tmp_path):

@@ -21,6 +21,7 @@ import itertools
 import json
 import re
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from letit_dist.errors import UserError
-from letit_dist.files import hash_file, write_atomically
+from letit_dist.files import WAITS, hash_file, write_atomically
 
 if TYPE_CHECKING:
     from letit_dist.data.remote import RemoteShard
@@ -235,14 +236,27 @@ class Index:
             yield shard, self.hash_problem(shard)
 
     def hash_problem(self, shard: Shard) -> str | None:
-        """What is wrong with the bytes of a local shard, or None."""
+        """What is wrong with the bytes of a local shard, and what to do, or None.
+
+        A read that fails is tried again: shared storage has outages that a run outlives.
+        """
         path = self.folder / shard.name
-        try:
-            found = hash_file(path)
-        except OSError as error:
-            return f"{path}: cannot be read: {error.strerror or error}"
-        good = found == shard.sha256
-        return None if good else f"{path}: sha256 {found[:12]}, {INDEX_NAME} says {shard.sha256[:12]}"
+        failure = OSError()
+        for wait in (0, *WAITS):
+            time.sleep(wait)
+            try:
+                found = hash_file(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+                return f"{path}: cannot be read: {error.strerror}: restore it"
+            except OSError as error:
+                failure = error
+                continue
+            if found == shard.sha256:
+                return None
+            said = f"sha256 {found[:12]}, {INDEX_NAME} says {shard.sha256[:12]}"
+            return f"{path}: {said}: it is not as it was packed: restore it"
+        said = f"cannot be read, in {len(WAITS) + 1} attempts: {failure.strerror or failure}"
+        return f"{path}: {said}: restore it, or the disk or server that it lies on"
 
 
 def _missing(folder: Path) -> str:

@@ -25,12 +25,11 @@ from typing import Any
 
 from letit_dist.data.index import INDEX_NAME, Index, Shard
 from letit_dist.errors import UserError
-from letit_dist.files import write_atomically
+from letit_dist.files import WAITS, write_atomically
 from letit_dist.memory import GIB
 
 ENVIRONMENT = "LETIT_CACHE"
 BLOCK = 1 << 20  # a few images at 1024 pixels: a request costs more than the bytes that nobody needs yet
-WAITS = (0.5, 1, 2, 4, 8)  # seconds before each further attempt
 # What tells two versions of a file apart, the surest first; servers give one or the other.
 _VERSIONS: tuple[str, ...] = ("generation", "versionid", "etag", "md5hash", "content-md5", "digest", "lastmodified")
 _VERSIONS += ("last-modified", "mtime", "modified", "created")

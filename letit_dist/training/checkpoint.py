@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -207,6 +208,16 @@ def verify(folder: Path) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror or error}"
     return None
+
+
+def newest_whole(folder: Path, least: int = 0) -> int:
+    """Images of the newest whole checkpoint in `folder` that has `least` or more, 0 without any.
+
+    It is found by its hashes, so this reads all of it; nothing is changed.
+    """
+    numbers = (path.name[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*"))
+    found = sorted((int(number) for number in numbers if re.fullmatch(r"\d{12}", number)), reverse=True)
+    return next((n for n in found if n >= least and verify(folder / f"{_PREFIX}{n:012d}") is None), 0)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from letit_dist.config import to_yaml
 from letit_dist.data import order
 from letit_dist.data.foreign import expand, is_foreign
+from letit_dist.data.latents import LatentSet
 from letit_dist.data.reader import ShardDataset
 from letit_dist.data.remote import BlockCache, is_url
 from letit_dist.errors import UserError
@@ -26,7 +27,7 @@ from letit_dist.schemas import PretrainConfig, TrainEnergyConfig
 from letit_dist.training.estimate import ALLOWANCE, Footprint, Rows, Sharding, footprint, images_of, pictures
 from letit_dist.training.feeds import LatentFeed, open_images, require_side
 from letit_dist.training.plan import BatchPlan, timetable
-from letit_dist.training.run import nearest, require_claimable
+from letit_dist.training.run import nearest, require_claimable, require_unheld
 from letit_dist.training.setup import read_deepspeed, require_trackers, require_usable_deepspeed
 
 
@@ -55,6 +56,9 @@ class DryRun:
         with self._collected():
             if self.run is not None:
                 require_claimable(self.run, self.config)
+        with self._collected():
+            if self.run is not None:
+                require_unheld(self.run)
 
     @contextlib.contextmanager
     def _collected(self) -> Iterator[None]:
@@ -70,39 +74,52 @@ class DryRun:
         if config.start_from is not None:
             self._start(config.start_from, begin, look)
         places = config.data.train
-        remote = [path for path in places if is_url(path)]
-        if remote:
+        if any(map(is_url, places)):
             with self._collected():
                 self._cache(BlockCache(config.data.cache, int(config.data.cache_gib * GIB)), look)
-        for path in places if not look else remote:
+        here = [path for path in places if look and not is_url(path)]
+        for path in (path for path in places if path not in here):
             self.lines.append(f"data.train: {path} is {'on a server' if is_url(path) else 'elsewhere'}, not looked at")
-        if not look or remote:
-            return
-        missing = [path for path in places if not is_foreign(path) and not Path(path).exists()]
+        missing = [path for path in here if not is_foreign(path) and not Path(path).exists()]
         hint = "is not here (if it is on another machine: --without-data)"
         self.problems += [f"data.train: {path} {hint}" for path in missing]
-        if missing:
+        if missing or not look:
             return
-        plan = self.plans[-1]
         with self._collected():
-            feed = open_images(config)
-            for each in self.plans:
-                feed.require_shares(each.batch, each.ranks)
-            if feed.dataset is not None:
-                self.lines.append(_reading(feed.dataset, config, plan))
-            else:
-                side = config.autoencoder.resolution
-                if len(self.levels) == 1:  # a growing network reduces what it reads
-                    height, width = feed.preview(1).data["images"].shape[2:]
-                    require_side((height, width), side)
-                shards = len(expand(places))
-                readers = plan.ranks * max(1, config.data.workers)
-                least, most = shards // plan.ranks, -(-shards // plan.ranks)
-                share = f"{least} to {most}" if most > least else f"{most}"
-                self.lines.append(
-                    f"data: {shards} shards without an index, {share} a rank, dealt to {readers} readers; a resume is "
-                    "approximate"
-                )
+            if any(map(is_foreign, places)):
+                self._streamed(config, here)
+            elif here:
+                self._indexed(config, here)
+
+    def _indexed(self, config: PretrainConfig, here: Sequence[str]) -> None:
+        """Folders with an index, of which those in `here` are looked at."""
+        whole = len(here) == len(config.data.train)
+        feed = open_images(config if whole else _of_these(config, here))
+        assert feed.dataset is not None
+        if not whole:
+            shards = sum(len(index.shards) for index in feed.dataset.indexes)
+            self.lines.append(f"data: {len(feed.dataset)} images in {shards} shards here, beside those on a server")
+            return
+        for each in self.plans:
+            feed.require_shares(each.batch, each.ranks)
+        self.lines.append(_reading(feed.dataset, config, self.plans[-1]))
+
+    def _streamed(self, config: PretrainConfig, here: Sequence[str]) -> None:
+        """Tars without an index: how they are dealt, which needs no server, and the first images of those in `here`."""
+        feed, plan = open_images(config), self.plans[-1]
+        for each in self.plans:
+            feed.require_shares(each.batch, each.ranks)
+        if here and len(self.levels) == 1:  # a growing network reduces what it reads
+            height, width = open_images(_of_these(config, here)).preview(1).data["images"].shape[2:]
+            require_side((height, width), config.autoencoder.resolution)
+        shards = len(expand(config.data.train))
+        readers = plan.ranks * max(1, config.data.workers)
+        least, most = shards // plan.ranks, -(-shards // plan.ranks)
+        share = f"{least} to {most}" if most > least else f"{most}"
+        self.lines.append(
+            f"data: {shards} shards without an index, {share} a rank, dealt to {readers} readers; a resume is "
+            "approximate"
+        )
 
     def _start(self, folder: str, begin: Callable[[str], dict[str, Any]], look: bool) -> None:
         if not look or is_hub_id(folder):
@@ -123,6 +140,27 @@ class DryRun:
                 f"data.cache_gib: the cache may take {gib(cache.limit)}, and {there} has {gib(free)} for it: lower it "
                 "to less than that, or name another data.cache"
             )
+
+    @contextlib.contextmanager
+    def opening(self, recipe: type[Recipe], load: Callable[[], str]) -> Iterator[None]:
+        """What opens the inputs of an energy; an error ends this with all that is wrong with them, and beside them.
+
+        `load()` is the fingerprint of the autoencoder.
+        """
+        assert isinstance(self.config, TrainEnergyConfig)
+        try:
+            yield
+        except UserError as error:
+            self._sharding(recipe)
+            fingerprint = None
+            with self._collected():
+                fingerprint = load()
+            for folder in self.config.data.folders:
+                with self._collected():
+                    LatentSet.open(folder, autoencoder_fingerprint=fingerprint)
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            self.finish()
 
     def latents(self, feed: LatentFeed) -> None:
         """The domains of an energy."""
@@ -184,19 +222,21 @@ class DryRun:
             self.lines.append(
                 f"{name}: {gib(found.passes[number])} more, {gib(size)} in all; on a GPU about {gib(on_gpu)}"
             )
-        if self.gpu_memory is None:
+        limit = self.gpu_memory
+        if limit is None:
             return
         most = max(range(len(self.levels)), key=found.on_gpu)
-        if found.on_gpu(most) > self.gpu_memory * GIB:
+        if found.on_gpu(most) > limit * GIB:
             name = f"level {most} ({self.levels[most].resolution} pixels)" if len(self.levels) > 1 else "a step"
             self.problems.append(
-                f"--gpu-memory {self.gpu_memory:g}: {name} takes about {gib(found.on_gpu(most))} of a rank "
-                f"({gib(found.rank(most))}, and {ALLOWANCE - 1:.0%} on the pass): {self._less_memory(most, found)}"
+                f"--gpu-memory {limit:g}: {name} takes about {gib(found.on_gpu(most))} of a rank "
+                f"({gib(found.rank(most))}, and {ALLOWANCE - 1:.0%} on the pass): "
+                f"{self._less_memory(most, found, limit)}"
             )
 
-    def _less_memory(self, level: int, found: Footprint) -> str:
+    def _less_memory(self, level: int, found: Footprint, limit: float) -> str:
         training, count = self.config.training, self.plans[level].microbatch
-        if found.rank(level) - found.passes[level] > self.gpu_memory * GIB:  # type: ignore[operator]
+        if found.rank(level) - found.passes[level] > limit * GIB:
             if found.exchange and self.deepspeed:
                 return "no batch is small enough: lower zero_optimization.reduce_bucket_size, or use a larger GPU"
             return "no batch is small enough: use a larger GPU"
@@ -218,7 +258,9 @@ class DryRun:
             self.lines.append(f"disk: {gib(sum(parts))} at most; whether there is room: not checked without --run")
             return
         there = nearest(self.run)
-        held = sum(path.stat().st_size for path in self.run.rglob("*") if path.is_file())
+        kinds = ("checkpoints/images-*", "export", "samples")  # not trackers' files, nor checkpoints set aside
+        inside = (path for kind in kinds for folder in self.run.glob(kind) for path in folder.rglob("*"))
+        held = sum(path.stat().st_size for path in inside if path.is_file())
         free, need = shutil.disk_usage(there).free, max(0, sum(parts) - held)
         beside = f", {gib(held)} of it there already" if held else ""
         short = " (NOT ENOUGH)" if free < need else ""
@@ -236,6 +278,12 @@ class DryRun:
         if self.problems:
             raise UserError("\n".join(self.problems))
         return 0
+
+
+def _of_these(config: PretrainConfig, paths: Sequence[str]) -> PretrainConfig:
+    """The configuration with these local `paths` alone in data.train."""
+    data = config.data.model_copy(update={"train": tuple(paths), "cache": None})
+    return config.model_copy(update={"data": data})
 
 
 def _reading(dataset: ShardDataset, config: PretrainConfig, plan: BatchPlan) -> str:

@@ -104,14 +104,20 @@ class ImageFeed:
         )
         if stream.notice and rank == 0:
             print(stream.notice, flush=True)
-        items = iter(stream)  # forks the loader processes, while this one has no thread of the verification yet
-        if self.dataset is not None and self.config.verify == "hashes" and self._verification is None:
-            self._verification = Verification(self.dataset.indexes)
+        items = iter(stream)
+        if self.dataset is not None and self.config.verify != "sizes" and self._verification is None:
+            place = (rank, ranks) if self.config.verify == "once" else None
+            self._verification = Verification(self.dataset.indexes, place)
         for number, item in enumerate(items):
             images = to_images(item.pixels.to(self.device, non_blocking=True))
             problem = self._verification.problem if self._verification else None
             seen = images_seen + number * batch
             yield Batch({"images": images}, item.positions, seen, batch, tuple(item.bad), problem)
+
+    @property
+    def unverified(self) -> str | None:
+        """What to say of a run that ends before all its shards were hashed."""
+        return self._verification.unfinished if self._verification else None
 
     def require_shares(self, batch: int, ranks: int) -> None:
         """Raise UserError where `ranks` could not each be given a part of every batch; reads no image."""

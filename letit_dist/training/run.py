@@ -23,6 +23,7 @@ from letit_dist.cards import Card
 from letit_dist.config import StrictConfig, Tree, as_tree, differences, parse_config, to_yaml
 from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
+from letit_dist.training.checkpoint import newest_whole
 from letit_dist.training.setup import main_decides
 
 if TYPE_CHECKING:
@@ -67,26 +68,56 @@ def _lock(folder: Path) -> None:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         handle.close()
-        raise UserError(
-            f"another process is running in {folder}: wait for it, stop it, or name another --run"
-        ) from None
+        raise UserError(_held(folder)) from None
     _HELD[folder.resolve()] = handle
 
 
-def _newest(folder: Path) -> int:
-    """Images of the newest checkpoint, going by its name; 0 without any."""
-    return max((int(path.name[-12:]) for path in (folder / "checkpoints").glob("images-*")), default=0)
+def _held(folder: Path) -> str:
+    return f"another process is running in {folder}: wait for it, stop it, or name another --run"
 
 
-def _say_changes(folder: Path, changes: Changes) -> list[str]:
-    """Append them to CHANGES; returns a line for each."""
-    seen, lines = _newest(folder), []
-    with (folder / CHANGES).open("a", encoding="utf-8") as stream:
-        for key, (before, after) in changes.items():
-            change = {"images_seen": seen, "key": key, "before": before, "after": after}
-            stream.write(json.dumps(change) + "\n")
-            lines.append(f"{key}: {before} -> {after} from {seen} images on (noted in {CHANGES})")
+def require_unheld(folder: Path) -> None:
+    """UserError where another process runs in `folder`; nothing is written."""
+    lock = folder / ".lock"
+    if folder.resolve() in _HELD or not lock.is_file():  # a process that closes the file anywhere drops its own lock
+        return
+    try:
+        handle = lock.open("r")
+    except OSError as error:
+        raise UserError(f"cannot write into the run folder {folder}: .lock: {error.strerror or error}") from None
+    with handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(_held(folder)) from None
+
+
+def _note_changes(folder: Path, changes: Changes, now: Tree) -> list[str]:
+    """Bring CHANGES up to the `changes` of a run whose configuration on disk has the values `now`, by key.
+
+    A start that was killed may have noted some and not begun: these go. Returns a line for each of `changes`.
+    """
+    path, seen, lines = folder / CHANGES, newest_whole(folder / "checkpoints") if changes else 0, []
+    old = path.read_bytes() if path.exists() else b""
+    noted = old.splitlines(keepends=True)
+    while noted and not _is_true(noted[-1], now):
+        noted.pop()
+    for key, (before, after) in changes.items():
+        change = {"images_seen": seen, "key": key, "before": before, "after": after}
+        noted.append(json.dumps(change).encode() + b"\n")
+        lines.append(f"{key}: {before} -> {after} from {seen} images on (noted in {CHANGES})")
+    if (new := b"".join(noted)) != old:
+        write_atomically(path, new)
     return lines
+
+
+def _is_true(line: bytes, now: Tree) -> bool:
+    """Whether a line of CHANGES is whole, and the run has since had the value it tells."""
+    try:
+        change = json.loads(line)
+        return line.endswith(b"\n") and now.get(change["key"], change["after"]) == change["after"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def require_claimable(folder: Path, config: StrictConfig) -> Changes:
@@ -115,9 +146,10 @@ def require_claimable(folder: Path, config: StrictConfig) -> Changes:
         with contextlib.suppress(UserError):  # keys that are newer than the run have their defaults there
             saved = as_tree(parse_config(type(config), saved))
         (saved, _), (new, _) = _split(saved, _FREE), _split(tree, _FREE)
-        if _newest(folder) < new.get("training", {}).get("images", 0):
-            (saved, before), (new, after) = _split(saved, _TUNABLE), _split(new, _TUNABLE)
-            changes = {key: (before[key], after[key]) for key in before if before[key] != after.get(key, before[key])}
+        (rest, before), (new_rest, after) = _split(saved, _TUNABLE), _split(new, _TUNABLE)
+        changes = {key: (before[key], after[key]) for key in before if before[key] != after.get(key, before[key])}
+        if changes and not newest_whole(folder / "checkpoints", new.get("training", {}).get("images", 0)):
+            saved, new = rest, new_rest  # it is not at its end
         lines = differences(saved, new)
         if lines:
             listed = "\n".join(f"  {line}" for line in lines)
@@ -140,12 +172,14 @@ def open_run(folder: Path, config: StrictConfig) -> list[str]:
     Returns a line for each key that an unfinished run goes on with another value of.
     """
     changes = require_claimable(folder, config)
-    path = folder / "config.yaml"
+    _, now = _split(as_tree(config), _TUNABLE)
+    now |= {key: before for key, (before, _) in changes.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-        said = _say_changes(folder, changes) if changes else []
-        write_atomically(path, to_yaml(config).encode())
+        said = _note_changes(folder, changes, now)
+        # After it: until this is written, the changes have not been made.
+        write_atomically(folder / "config.yaml", to_yaml(config).encode())
         write_atomically(folder / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write into the run folder {folder}: {error.strerror or error}") from error
