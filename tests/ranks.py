@@ -6,6 +6,7 @@ the ranks that torchrun asks for. So no process that forks has threads, a proces
 unlike a user's, is the order of their sets of strings: `start(..., fresh=True)` lets the launcher start real ones.
 """
 
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -21,6 +22,7 @@ from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parent.parent
 CPU2 = "launch/accelerate/cpu2.yaml"
+_PATIENCE = 35  # seconds that a program is given to end: torchrun gives its ranks 30
 _PRELOADED = (
     *("accelerate.commands.launch", "torch.distributed.run", "torch._dynamo", "letit_dist.training.trainer"),
     *("letit_dist.training.feeds", "letit_dist.autoencoders.vqvae2", "ranks"),
@@ -47,6 +49,8 @@ def start(*command, launch=CPU2, options=(), timeout=400, fresh=False, **environ
         late = process.exitcode is None
         if late:
             process.terminate()
+            process.join(_PATIENCE)
+            process.kill()
             process.join()
         texts = [file.read_text(errors="replace") if file.exists() else "" for file in files]
     if late:
@@ -59,20 +63,24 @@ def _become(words: list[str], env: dict[str, str], files: list[Path], launched: 
         handle = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(handle, number)
     os.chdir(ROOT)
-    if not launched:
-        _run(words, env)
-    elif fresh:
-        _launch(words, env)
+    here, there = _forks.Pipe()
+    if launched and not fresh:
+        work = _forks.Process(target=_launch, args=(words, env, there, here))
     else:
-        here, there = _forks.Pipe()
-        launcher = _forks.Process(target=_launch, args=(words, env, there, here))
-        launcher.start()
-        there.close()
-        _serve(launcher, here)
+        work = _forks.Process(target=_launch if launched else _run, args=(words, env))
+    work.start()
+    there.close()
+    _serve(work, here)
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process where its parent ends without a word."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _run(words: list[str], env: dict[str, str]) -> None:
     """What `python PROGRAM ...` does."""
+    _end_with_parent()
     os.environ.clear()
     os.environ.update(env)
     import torch
@@ -84,6 +92,7 @@ def _run(words: list[str], env: dict[str, str]) -> None:
 
 
 def _launch(words: list[str], env: dict[str, str], ranks: Connection | None = None, other: Connection | None = None):
+    _end_with_parent()
     os.environ.clear()
     os.environ.update(env)
     sys.argv = words
@@ -134,10 +143,11 @@ class _Rank:
 
 
 def _serve(launcher, asked: Connection) -> None:
-    """Fork a rank for every request, tell how each one ended, and end as the launcher does."""
+    """Fork a rank for every request, tell how each one ended, and end as the launcher does, or with the tests."""
+    tests = multiprocessing.parent_process()
     signal.signal(signal.SIGTERM, lambda *_: launcher.terminate())
     running: list[int] = []
-    while launcher.is_alive():
+    while launcher.is_alive() and tests.is_alive():
         with suppress(EOFError, BrokenPipeError, ConnectionResetError):
             if asked.poll(0.02):
                 rank = _forks.Process(target=_rank, args=(*asked.recv(), asked))
@@ -152,8 +162,15 @@ def _serve(launcher, asked: Connection) -> None:
                 if found := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
                     running.remove(pid)
                     asked.send({pid: found.si_status if found.si_code == os.CLD_EXITED else -found.si_status})
+    if launcher.is_alive():
+        launcher.terminate()
+        # Not without the processes that it has started itself.
+        launcher.join(_PATIENCE)
+        launcher.kill()
+        launcher.join()
     for pid in running:
-        os.killpg(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     if launcher.exitcode < 0:
         signal.signal(-launcher.exitcode, signal.SIG_DFL)
         os.kill(os.getpid(), -launcher.exitcode)

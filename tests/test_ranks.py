@@ -2,9 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from ranks import start
+from ranks import ROOT, start
 
 pytestmark = pytest.mark.ranks
 
@@ -86,3 +90,39 @@ def test_ranks_that_do_not_end_are_ended_and_shown(tmp_path):
     with pytest.raises(TimeoutError, match="rank 1 begins"):
         start(program, tmp_path / "reached", timeout=4)
     assert (tmp_path / "reached").exists()
+
+
+@pytest.mark.parametrize("launch", ["launch/accelerate/cpu2.yaml", None])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_they_end_with_the_tests(tmp_path, launch, fresh):
+    """A test process that is killed, as by a time limit, leaves nothing behind."""
+    program = saved(tmp_path, "import os, sys, time\nopen(f'{sys.argv[1]}.{os.getpid()}', 'w').close()\ntime.sleep(99)")
+    call = f"start({str(program)!r}, {str(tmp_path / 'pid')!r}, launch={launch!r}, fresh={fresh})"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from ranks import start\n"
+    with subprocess.Popen([sys.executable, "-c", code + f"if __name__ == '__main__': {call}"]) as tests:
+        ranks = 1 if launch is None else 2
+        found = wait_for(
+            lambda: [int(path.suffix[1:]) for path in tmp_path.glob("pid.*")], lambda pids: len(pids) == ranks
+        )
+        tests.kill()
+    wait_for(lambda: [pid for pid in found if alive(pid)], lambda left: not left)
+
+
+def pids_in(folder):
+    return [int(path.suffix[1:]) for path in folder.glob("pid.*")]
+
+
+def alive(pid):
+    """Whether it runs: one that has ended and whose parent has not asked is a zombie, Z."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(look, good):
+    end = time.monotonic() + 60
+    while not good(found := look()):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    return found
