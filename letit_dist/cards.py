@@ -41,12 +41,11 @@ class Card:
 
     def text(self, title: str, facts: Mapping[str, Any], use: str) -> str:
         """The card as Markdown: `facts` become a table, `use` is Python."""
-        # JSON is YAML, and needs no thought about quotes.
         front: dict[str, Any] = {"library_name": "letit_dist", "tags": ["letit_dist", "image-to-image"]}
         front |= {} if self.licence is None else {"license": self.licence}
         own = {"data": self.data, "command": self.command, "metrics": dict(self.metrics)}
         front |= {"letit_dist": own} if (own := {key: value for key, value in own.items() if value}) else {}
-        head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+        head = "\n".join(f"{key}: {_yaml(value)}" for key, value in front.items())
         metrics = _table(("metric", "value"), self.metrics) if self.metrics else _UNMEASURED
         command = _UNKNOWN if self.command is None else _fenced("", self.command)
         parts = {
@@ -112,17 +111,47 @@ def add_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     same names. Every other line stays as it is, whoever wrote it; the file is replaced whole or not at all."""
     head, body = _split(path.read_text(encoding="utf-8"))
     own = yaml.safe_load(head).get("letit_dist", {})
-    line = "letit_dist: " + json.dumps({**own, "metrics": {**(own.get("metrics") or {}), **metrics}})
-    # The key with what is indented below it, as other tools write it.
-    head, found = re.subn(r"^letit_dist:.*(?:\n[ \t].*)*", lambda _: line, head, count=1, flags=re.MULTILINE)
-    head = head if found else f"{head}\n{line}"
+    head = _with_key(head, "letit_dist", {**own, "metrics": {**(own.get("metrics") or {}), **metrics}})
     before, heading, rest = body.partition("\n## Metrics\n")
     section, following, after = rest.partition("\n## ")
     if not heading:
         before, heading = before.rstrip("\n") + "\n", "\n## Metrics\n"
-    text = f"---\n{head}\n---\n{before}{heading}{_with_rows(section, metrics)}{following}{after}"
+    _write(path, head, f"{before}{heading}{_with_rows(section, metrics)}{following}{after}")
+
+
+def restate(path: Path, *, data: str | None = None, licence: str | None = None) -> None:
+    """Put other data or another licence onto a card that is there; every other line stays as it is."""
+    head, body = _split(path.read_text(encoding="utf-8"))
+    own = yaml.safe_load(head).get("letit_dist", {})
+    if data is not None:
+        head, body = _with_key(head, "letit_dist", {**own, "data": data}), _with_section(body, "Data", data)
+    if licence is not None:
+        head, body = _with_key(head, "license", licence), _with_section(body, "Licence", licence)
+    _write(path, head, body)
+
+
+def _yaml(value: Any) -> str:
+    # JSON is YAML, and needs no thought about quotes; but two escapes for one character would not be YAML's.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _with_key(head: str, key: str, value: Any) -> str:
+    """YAML with another value of a key, in place of it and of what is indented below it, as other tools write it."""
+    line = f"{key}: {_yaml(value)}"
+    head, found = re.subn(rf"^{key}:.*(?:\n[ \t].*)*", lambda _: line, head, count=1, flags=re.MULTILINE)
+    return head if found else f"{head}\n{line}"
+
+
+def _with_section(body: str, name: str, text: str) -> str:
+    """Markdown with another text below a heading, where it has that heading."""
+    before, heading, rest = body.partition(f"\n## {name}\n")
+    _, following, after = rest.partition("\n## ")
+    return f"{before}{heading}\n{text}\n{following}{after}" if heading else body
+
+
+def _write(path: Path, head: str, body: str) -> None:
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, f"---\n{head}\n---\n{body}".encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -158,10 +187,12 @@ def licence_beside(path: Path) -> str | None:
     """What a published file or folder says of its licence: the front matter of the README.md beside it, or a LICENSE
     that is MIT's or Apache's; None where neither does."""
     folder = path if path.is_dir() else path.parent
+    if folder.resolve() == Path(__file__).resolve().parent.parent:
+        return None  # this repository's own, which is of no weights
     card = Card.read(folder)
     if card is not None and card.licence is not None:
         return card.licence
-    for file in sorted(folder.glob("LICEN[CS]E*")):
+    for file in filter(Path.is_file, sorted(folder.glob("LICEN[CS]E*"))):
         first = file.read_text(encoding="utf-8", errors="replace").strip().split("\n")[0].strip()
         if first in _LICENCES:
             return _LICENCES[first]
@@ -181,6 +212,7 @@ def command_line(program: str, argv: Sequence[str] | None = None) -> str:
     DeepSpeed, Slurm): no launch file is needed, which may be the user's own. Of several machines each runs the command.
     """
     words = [program, *(sys.argv[1:] if argv is None else argv)]
+    words = [re.sub(r"://[^/@\s]+@", "://", word) for word in words]  # names and passwords are not for a card
     asked = [f"{name}={shlex.quote(value)}" for name in _LAUNCHED if (value := os.environ.get(name, "")) not in _UNSET]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1 and not asked:

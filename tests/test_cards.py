@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from foreign_autoencoders import taesd
@@ -95,7 +96,15 @@ def test_a_card_may_be_completed_later_and_is_else_left_alone(chain, tmp_path):
     assert run(*command).code == 0
     assert (energy / "README.md").read_text().endswith("my own words\n")
     assert run(*command, "--licence", "mit").code == 0
+    mended = (energy / "README.md").read_text()
+    assert mended.endswith("my own words\n")
     assert stated(energy)[0]["license"] == "mit" and Card.read(energy).data == stated(chain_card(chain))[1]["Data"]
+    weights = (energy / "model.safetensors").stat().st_mtime_ns
+    assert run(*command, "--data", "photos \N{RED APPLE}").code == 0
+    card = Card.read(energy)
+    assert (card.data, card.licence, stated(energy)[1]["Data"]) == (*["photos \N{RED APPLE}", "mit"], card.data)
+    assert (energy / "README.md").read_text().endswith("my own words\n")
+    assert (energy / "model.safetensors").stat().st_mtime_ns == weights
     fingerprint = letit_dist.load_energy(chain.energy()).fingerprint()
     assert letit_dist.load_energy(energy).fingerprint() == fingerprint
 
@@ -240,3 +249,18 @@ def test_the_command_of_a_card_of_two_ranks_gives_the_same_weights(fruit_shards,
     assert "2 ranks" in done.stdout
     second = tmp_path / "again" / first.relative_to(tmp_path / "run")
     assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_a_licence_is_that_of_the_weights(tmp_path, monkeypatch):
+    (tmp_path / "LICENSES").mkdir()
+    (tmp_path / "weights.pth").write_text("")
+    assert licence_beside(tmp_path / "weights.pth") is None
+    (tmp_path / "LICENSE").write_text("MIT License\n\nwords")
+    assert licence_beside(tmp_path / "weights.pth") == licence_beside(tmp_path) == "mit"
+    monkeypatch.chdir(ROOT)  # where the LICENSE is the program's
+    assert licence_beside(Path("weights.pth")) is None
+
+
+def test_a_command_says_no_passwords():
+    said = command_line("launch/pretrain.py", ["a.yaml", "data.train=[https://me:secret@example.org/x, s3://b/c]"])
+    assert "https://example.org/x" in said and "s3://b/c" in said and "secret" not in said

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import letit_dist
-from letit_dist.cards import Card
+from letit_dist.cards import CARD, Card, restate
 from letit_dist.config import StrictConfig, Tree, as_tree, differences, parse_config, to_yaml
 from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
@@ -247,16 +247,16 @@ def export(trainer: Trainer, card: Card, *, data: str, **extra: Any) -> Path:
     folder that is there stays, but for a card that says other data or another licence.
     """
     folder = trainer.run / "export" / f"images-{trainer.images_seen:012d}"
-    old = Card.read(folder) or Card()
-    new = not folder.exists() or card.data not in (None, old.data) or card.licence not in (None, old.licence)
-    card = replace(card, data=card.data or old.data or data, licence=card.licence or old.licence)
-    # Of the folder that is there: what eval/ has put onto its card.
-    card = replace(card, metrics={**old.metrics, **trainer.stats.last(), **card.metrics})
+    old = Card.read(folder)
+    given = {"data": card.data, "licence": card.licence}
+    card = replace(card, data=card.data or data, metrics={**trainer.stats.last(), **card.metrics})
     with trainer.whole_trained() as recipe:
 
         def write() -> None:
-            if new:
+            if old is None:
                 recipe.save(folder, card=card, images_seen=trainer.images_seen, **trainer.origin, **extra)
+            elif (old.data, old.licence) != (given["data"] or old.data, given["licence"] or old.licence):
+                restate(folder / CARD, **given)
 
         main_decides(trainer.accelerator, write)
     trainer.say(f"exported to {folder} (peak memory of this process: {peak_memory()} MiB)")
