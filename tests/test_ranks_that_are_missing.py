@@ -14,7 +14,7 @@ from letit_dist.training.ends import silent_ranks, why_it_ended
 pytestmark = pytest.mark.ranks
 
 RUN = """
-import os, signal, sys, time
+import os, resource, signal, sys, time
 from pathlib import Path
 from conftest import SignalFeed, tiny_trainer
 from letit_dist.errors import reports_errors
@@ -34,10 +34,17 @@ class Hanging:
     def preview(self, count):
         return self.feed.preview(count)
 
+class Filling(Hanging):
+    def batches(self, *place):
+        for number, batch in enumerate(self.feed.batches(*place)):
+            if number == 3 and RANK == 0:  # a file's size, which no folder that is made meets
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            yield batch
+
 @reports_errors
 def main():
     run, shards, fault, every = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    wrap = {"hang": Hanging, "stop": lambda feed: SignalFeed(feed, 3, signal.SIGTERM), "none": None}[fault]
+    wrap = {"hang": Hanging, "stop": lambda feed: SignalFeed(feed, 3, signal.SIGTERM), "full": Filling}[fault]
     timeout = 5.0 if fault == "hang" else 300.0
     trainer = tiny_trainer(run, shards, feed=wrap, training={"timeout": timeout}, intervals={"checkpoint": every})
     return trainer.train()
@@ -77,11 +84,12 @@ def said(tmp_path, rank):
     return (tmp_path / f"{rank}.log").read_text()
 
 
-@pytest.mark.parametrize(("fault", "every"), [("stop", 1_000_000), ("none", 48)])
+@pytest.mark.parametrize(("fault", "every"), [("stop", 1_000_000), ("full", 48)])
 def test_a_save_that_fails_ends_the_other_rank_at_once(ranks, tmp_path, fault, every):
     """At a stop, where all wait for the writer, and in the background, where none of them should."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/checkpoints").write_text("in the way")
+    if fault == "stop":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/checkpoints").write_text("in the way")
     main, other = ranks(fault, every)
     assert other.wait(timeout=150) == 2, said(tmp_path, 1)
     assert main.poll() is None, "it had not even ended"
