@@ -14,7 +14,7 @@ from letit_dist.training.ends import silent_ranks, why_it_ended
 pytestmark = pytest.mark.ranks
 
 RUN = """
-import os, signal, sys, time
+import os, resource, signal, sys, time
 from pathlib import Path
 from conftest import SignalFeed, tiny_trainer
 from letit_dist.errors import reports_errors
@@ -36,12 +36,19 @@ class Hanging:
     def preview(self, count):
         return self.feed.preview(count)
 
+class Filling(Hanging):
+    def batches(self, *place):
+        for number, batch in enumerate(self.feed.batches(*place)):
+            if number == 3 and RANK == 0:  # a file's size, which no folder that is made meets
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            yield batch
+
 @reports_errors
 def main():
     global fault
     run, shards, fault, every = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     stop = lambda feed: SignalFeed(feed, 3, signal.SIGTERM)
-    wrap = {"hang": Hanging, "freeze": Hanging, "stop": stop, "none": None}[fault]
+    wrap = {"hang": Hanging, "freeze": Hanging, "stop": stop, "full": Filling, "none": None}[fault]
     timeout = 5.0 if wrap is Hanging else 300.0
     trainer = tiny_trainer(run, shards, feed=wrap, training={"timeout": timeout}, intervals={"checkpoint": every})
     return trainer.train()
@@ -85,14 +92,15 @@ def said(tmp_path, rank):
     ("fault", "every", "blocked", "line"),
     [
         ("stop", 1_000_000, "checkpoints", "cannot write the checkpoint"),
-        ("none", 48, "checkpoints", "cannot write the checkpoint"),
+        ("full", 48, None, "cannot write the checkpoint"),
         ("none", 1_000_000, "samples", "cannot write "),
     ],
 )
 def test_a_file_that_cannot_be_written_ends_the_other_rank_at_once(ranks, tmp_path, fault, every, blocked, line):
     """A checkpoint at a stop, where all wait for the writer, and in the background, where none should; a picture."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / blocked).write_text("in the way")
+    if blocked:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / blocked).write_text("in the way")
     main, other = ranks(fault, every)
     assert other.wait(timeout=150) == 2, said(tmp_path, 1)
     assert main.poll() is None, "it had not even ended"
@@ -100,7 +108,7 @@ def test_a_file_that_cannot_be_written_ends_the_other_rank_at_once(ranks, tmp_pa
     begun = time.monotonic()
     while "error: " not in said(tmp_path, 0) and time.monotonic() - begun < 20:
         time.sleep(0.1)
-    assert f"[rank 0] error: {line}" in said(tmp_path, 0) and blocked in said(tmp_path, 0)
+    assert f"[rank 0] error: {line}" in said(tmp_path, 0) and (blocked or "") in said(tmp_path, 0)
 
 
 def test_the_rank_that_hangs_is_named(ranks, tmp_path):
