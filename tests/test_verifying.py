@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import threading
 import time
 
@@ -178,7 +179,7 @@ def test_a_thread_that_ends_is_heard_of(shards, monkeypatch):
         verifying.Verification([Index.read(shards)]).require()
 
 
-def test_a_run_that_ends_before_them_says_so(shards, monkeypatch):
+def test_a_run_that_ends_before_them_says_so(shards, monkeypatch, capsys):
     index = Index.read(shards)
     monkeypatch.setattr(verifying, "PATIENCE", 0)
     go, really = threading.Semaphore(2), Index.hash_problem
@@ -189,6 +190,11 @@ def test_a_run_that_ends_before_them_says_so(shards, monkeypatch):
     verification.require()
     go.release(count)
     wait_until(lambda: verification.unfinished is None)
+    verification._thread.join()
+    capsys.readouterr()
+    for line in (r"data\.verify: the shards of this rank have the bytes of their index \(\d+ s\)\n", ""):
+        verification.require()
+        assert re.fullmatch(line, capsys.readouterr().out)
 
 
 def said(hashed, count):

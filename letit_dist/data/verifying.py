@@ -32,6 +32,7 @@ class Verification:
         self._total = f"{len(shards)} shards ({sum(shard.bytes for _, shard in shards) / 1e9:.3g} GB)"
         self._hashed = 0
         self._problem: str | None = None
+        self._said: str | None = None
         self._thread = threading.Thread(target=self._hash, daemon=True)
         self._thread.start()
         self._thread.join(PATIENCE)
@@ -53,12 +54,16 @@ class Verification:
             self._hashed += 1
         seconds = time.monotonic() - begun
         if self._first and seconds > PATIENCE:
-            print(f"data.verify: the shards of this rank have the bytes of their index ({seconds:.0f} s)", flush=True)
+            self._said = f"data.verify: the shards of this rank have the bytes of their index ({seconds:.0f} s)"
 
     def require(self) -> None:
-        """Raise UserError if a shard has been found that differs."""
+        """Raise UserError if a shard has been found that differs; says once when all were hashed."""
         if self._problem:
             raise UserError(f"{self._problem}, then the same command continues")
+        if self._said:
+            # Not by the thread: loader processes may be forked while it prints, and stdout would be locked in them.
+            print(self._said, flush=True)
+            self._said = None
 
     @property
     def unfinished(self) -> str | None:
