@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import threading
 import time
 
@@ -47,8 +48,8 @@ def first(feed, rank=0, ranks=1):
 
 
 def require(verification):
-    if verification.problem:
-        raise UserError(verification.problem)
+    if problem := verification.check():
+        raise UserError(problem)
 
 
 def sound(batch):
@@ -190,7 +191,7 @@ def test_a_thread_that_ends_is_heard_of(shards, monkeypatch):
         require(verifying.Verification([Index.read(shards)]))
 
 
-def test_a_run_that_ends_before_them_says_so(shards, monkeypatch):
+def test_a_run_that_ends_before_them_says_so(shards, monkeypatch, capsys):
     index = Index.read(shards)
     monkeypatch.setattr(verifying, "PATIENCE", 0)
     go, really = threading.Semaphore(2), Index.hash_problem
@@ -201,6 +202,11 @@ def test_a_run_that_ends_before_them_says_so(shards, monkeypatch):
     require(verification)
     go.release(count)
     wait_until(lambda: verification.unfinished is None)
+    verification._thread.join()
+    capsys.readouterr()
+    for line in (r"data\.verify: the shards of this rank have the bytes of their index \(\d+ s\)\n", ""):
+        require(verification)
+        assert re.fullmatch(line, capsys.readouterr().out)
 
 
 def said(hashed, count):

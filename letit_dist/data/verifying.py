@@ -31,6 +31,7 @@ class Verification:
         self._total = f"{len(shards)} shards ({sum(shard.bytes for _, shard in shards) / 1e9:.3g} GB)"
         self._hashed = 0
         self._problem: str | None = None
+        self._said: str | None = None
         self._thread = threading.Thread(target=self._hash, daemon=True)
         self._thread.start()
         self._thread.join(PATIENCE)
@@ -52,11 +53,14 @@ class Verification:
             self._hashed += 1
         seconds = time.monotonic() - begun
         if self._first and seconds > PATIENCE:
-            print(f"data.verify: the shards of this rank have the bytes of their index ({seconds:.0f} s)", flush=True)
+            self._said = f"data.verify: the shards of this rank have the bytes of their index ({seconds:.0f} s)"
 
-    @property
-    def problem(self) -> str | None:
-        """What to say of a shard that has been found to differ."""
+    def check(self) -> str | None:
+        """What to say of a shard that has been found to differ; prints once that all were hashed."""
+        if self._said:
+            # Not by the thread: loader processes may be forked while it prints, and stdout would be locked in them.
+            print(self._said, flush=True)
+            self._said = None
         return f"{self._problem}, then the same command continues" if self._problem else None
 
     @property

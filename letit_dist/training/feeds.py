@@ -110,7 +110,7 @@ class ImageFeed:
             self._verification = Verification(self.dataset.indexes, place)
         for number, item in enumerate(items):
             images = to_images(item.pixels.to(self.device, non_blocking=True))
-            problem = self._verification.problem if self._verification else None
+            problem = self._verification.check() if self._verification else None
             seen = images_seen + number * batch
             yield Batch({"images": images}, item.positions, seen, batch, tuple(item.bad), problem)
 
@@ -208,7 +208,7 @@ class LatentFeed:
         )
         self._verification = self._verification or Verification([domain.index for domain in self.domains])
         for number, item in enumerate(pairs.stream(images_seen)):
-            yield replace(self._batch(item, images_seen + number * batch, batch), problem=self._verification.problem)
+            yield replace(self._batch(item, images_seen + number * batch, batch), problem=self._verification.check())
 
     def preview(self, count: int) -> Batch:
         """Samples spread evenly over each domain, and over the pairs."""
