@@ -123,6 +123,16 @@ def test_ranks_of_all_machines_share_the_work_where_they_share_the_storage(shard
     assert sorted(hashed) == sorted(shard.name for shard in index.shards)
 
 
+@pytest.mark.parametrize(("verify", "each"), [("hashes", 2), ("once", 1), ("sizes", 0)])
+def test_what_a_run_asks_for(shards, monkeypatch, hashed, verify, each):
+    """Two machines of one rank each."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for rank in (0, 1):
+        first(feed(shards, verify=verify), rank, 2)
+    assert sorted(hashed) == sorted(shard.name for shard in Index.read(shards).shards for _ in range(each))
+
+
 def test_a_large_set_delays_nothing_and_is_found_out_on_the_way(shards, monkeypatch, capsys):
     flip(shards / "shard-00003.tar")
     monkeypatch.setattr(verifying, "PATIENCE", 0.05)
