@@ -29,7 +29,7 @@ from letit_dist.evaluation.translating import TranslateOptions
 from letit_dist.files import write_atomically
 from letit_dist.pictures import grid, save_picture
 
-SOURCE, RECONSTRUCTION, MEAN_SHIFT, OURS = "source", "reconstruction", "mean shift", METHOD
+SOURCE, RECONSTRUCTION, MEAN_SHIFT = "source", "reconstruction", "mean shift"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def parse_others(
     arguments: Sequence[str],
     *,
     option: str = "--also",
-    taken: Sequence[str] = (SOURCE, RECONSTRUCTION, MEAN_SHIFT, OURS),
+    taken: Sequence[str] = (SOURCE, RECONSTRUCTION, MEAN_SHIFT, METHOD),
 ) -> dict[str, Path]:
     """NAME=FOLDER, each a row of its own, none of those `taken`. Raises one UserError for all that are not so."""
     others: dict[str, Path] = {}
@@ -113,7 +113,7 @@ def compare_images(
         label: {name: _read(path, images.resolution) for name, path in files.items()}
         for label, files in matched.items()
     }
-    labels = [SOURCE, RECONSTRUCTION, *([MEAN_SHIFT] if shift is not None else []), OURS, *read]
+    labels = [SOURCE, RECONSTRUCTION, *([MEAN_SHIFT] if shift is not None else []), METHOD, *read]
     found = Comparison([], {label: [] for label in labels})
     with Progress("comparing", len(images)) as progress:
         for place, (name, pixels) in enumerate(images):
@@ -122,7 +122,7 @@ def compare_images(
             moved = translator.transport(
                 latents, **options.chain, noise=translator.noise(options.seed, [place])
             ).latents
-            ways = {RECONSTRUCTION: latents, OURS: moved}
+            ways = {RECONSTRUCTION: latents, METHOD: moved}
             if shift is not None:
                 ways[MEAN_SHIFT] = shift.translate(latents)
             found.names.append(name)

@@ -1,4 +1,4 @@
-"""How a run ends before its time: asked to stop by a signal, or left by a rank or a reader."""
+"""How a run ends before its time: asked to by a signal, left by a rank or a reader, or because of what it found."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
 
 import torch
+
+from letit_dist.errors import UserError
+from letit_dist.training.checkpoint import CheckpointStore
 
 # What a collective says when another rank has died or does not answer.
 _LOST = re.compile(
@@ -48,6 +54,46 @@ class StopSignals:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class Problems:
+    """What one rank finds that ends the run: told to all with the next exchange, and said by that rank.
+
+    A file that cannot be written ends it no sooner than the checkpoint of the same batch is there.
+    """
+
+    def __init__(self, store: CheckpointStore, saved: Callable[[], str]):
+        """`saved` says which checkpoint is the newest."""
+        self.first: UserError | None = None
+        self._store, self._saved = store, saved
+
+    def there_are(self, of_data: str | None) -> bool:
+        """Whether this rank knows of any; `of_data` is what the batch says of the data."""
+        if of_data and not self.first:
+            self.first = UserError(f"{of_data} ({self._saved()})")
+        return self.first is not None or self._store.failed
+
+    @contextlib.contextmanager
+    def writing(self, what: Path) -> Iterator[None]:
+        """While a file is written beside the checkpoints."""
+        try:
+            yield
+        except OSError as error:
+            self.first = UserError(f"cannot write {what}: {error.strerror or error} ({self._saved()})")
+
+    def end(self) -> NoReturn:
+        """End this rank, which says so where the problem is its own."""
+        if self.first:
+            raise self.first
+        self._store.wait()
+        raise SystemExit(2)  # the rank that has the problem prints the line
+
+    def add_to(self, error: UserError) -> None:
+        """Raise `error` with what has gone wrong in the background meanwhile, if anything has."""
+        try:
+            self._store.wait()
+        except UserError as also:
+            raise UserError(f"{error}\n{also}") from error
 
 
 def why_it_ended(error: RuntimeError, rank: int, ranks: int, where: str, goes_on: str) -> str | None:

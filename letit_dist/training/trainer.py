@@ -23,7 +23,7 @@ from letit_dist.recipes.base import Batch, Phase, Recipe
 from letit_dist.schemas import IntervalsConfig, TrainingConfig
 from letit_dist.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from letit_dist.training.ema import WeightAverage
-from letit_dist.training.ends import StopSignals, why_it_ended
+from letit_dist.training.ends import Problems, StopSignals, why_it_ended
 from letit_dist.training.exchange import FLAGS, Exchange, unusable
 from letit_dist.training.feeds import PREVIEW, Feed
 from letit_dist.training.metrics import Means, StatsFile
@@ -107,11 +107,11 @@ class Trainer:
         self.means = Means(accelerator.device)
         self.stats = StatsFile(run / "stats.jsonl")
         self.store = CheckpointStore(run / "checkpoints", intervals.keep)
+        self._problems = Problems(self.store, lambda: self._saved)
         self._saved_at = -1
         self._batch_start = 0
         self._signals = StopSignals(several=accelerator.num_processes > 1)
         self._agreed = [0.0] * FLAGS  # over all ranks: asked to stop, bad samples of this batch, problems
-        self._problem: UserError | None = None  # of this rank, to be told to all
         self._doing = "before the first batch"
         self._preview: Batch | None = None
         self._preview_count = preview
@@ -127,10 +127,7 @@ class Trainer:
         try:
             return self._train()
         except UserError as error:
-            try:
-                self.store.wait()
-            except UserError as also:
-                raise UserError(f"{error}\n{also}") from error
+            self._problems.add_to(error)
             raise
         except RuntimeError as error:
             where = f"{self._doing} at {self.images_seen} images"
@@ -267,24 +264,10 @@ class Trainer:
 
     def _exchange(self, batch: Batch, losses: list[torch.Tensor], *, closing: bool) -> Exchange:
         """The only one of a phase beside that of gradients: bad losses, the flags of `_agreed`, the recipe's sums."""
-        flags = [float(self._signals.asked), float(len(batch.bad)), float(self._has_problem(batch))]
+        flags = [float(self._signals.asked), float(len(batch.bad)), float(self._problems.there_are(batch.problem))]
         sums = self.recipe.sums() if closing else []
         ranks, device = self.accelerator.num_processes, self.accelerator.device
         return Exchange(losses, self.recipe.loss_limit, flags, sums, ranks=ranks, device=device)
-
-    def _has_problem(self, batch: Batch) -> bool:
-        """Whether this rank knows of something that ends the run; `_agree` raises it."""
-        if batch.problem and not self._problem:
-            self._problem = UserError(f"{batch.problem} ({self._saved})")
-        return bool(self._problem) or self.store.failed
-
-    @contextlib.contextmanager
-    def _written_by_main(self, what: Path) -> Iterator[None]:
-        """A file that cannot be written ends all ranks, and not before the checkpoint of the same batch is there."""
-        try:
-            yield
-        except OSError as error:
-            self._problem = UserError(f"cannot write {what}: {error.strerror or error} ({self._saved})")
 
     def _refuse_bad_loss(self, phase: Phase, losses: list[torch.Tensor], exchange: Exchange) -> None:
         """Raise on every rank, before any weight can change, when the loss of one rank is unusable."""
@@ -309,10 +292,7 @@ class Trainer:
         """Count bad samples over all ranks and decide together whether to stop."""
         stop, bad, problems = self._agreed
         if problems:
-            if self._problem:
-                raise self._problem
-            self.store.wait()
-            raise SystemExit(2)  # the rank that has the problem prints the line
+            self._problems.end()
         self.bad_samples += int(bad)
         for key, reason in batch.bad:
             print(f"unreadable sample replaced: {key}: {reason}", file=sys.stderr, flush=True)
@@ -361,7 +341,7 @@ class Trainer:
             "bad_samples": self.bad_samples,
             "images_per_second": round(speed, 2),
         }
-        with self._written_by_main(self.stats.path):
+        with self._problems.writing(self.stats.path):
             self.stats.append(record)
         self.accelerator.log(record, step=self.images_seen)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **status}.items())
@@ -383,7 +363,7 @@ class Trainer:
                 rows = recipe.samples(replace(self._preview, images_seen=self.images_seen))
             recipe.train()
         path = self.run / "samples" / f"images-{self.images_seen:012d}.png"
-        with self._written_by_main(path):
+        with self._problems.writing(path):
             save_picture(grid(rows), path)
 
     # ---------------------------------------------------------------- saving and resuming
@@ -413,8 +393,8 @@ class Trainer:
 
             def write() -> None:
                 self.store.save(self.images_seen, tensors, state, background=background)
-                if self._problem:
-                    raise self._problem
+                if self._problems.first:
+                    raise self._problems.first
 
             # What goes wrong here ends all ranks at once: nobody else would tell those that do not write.
             main_decides(self.accelerator, write)
