@@ -17,7 +17,6 @@ by no more than rounding.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -55,9 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.data.folders import open_images_of
     from letit_dist.memory import budget_bytes, slow_precision
     from letit_dist.pretrained import find_folder
+    from letit_dist.ranks import launched_ranks
 
     device, ranks = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Ranks()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_ranks() > 1:
         from letit_dist.training.setup import join_ranks
 
         rank, world, device, gather = join_ranks()

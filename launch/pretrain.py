@@ -54,12 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(PretrainConfig, args.config, args.overrides)
 
     from letit_dist.autoencoders.base import Autoencoder, build_autoencoder
+    from letit_dist.ranks import launched_ranks
     from letit_dist.recipes.base import Recipe
     from letit_dist.registry import RECIPES
     from letit_dist.training.feeds import open_images
     from letit_dist.training.plan import plan_batches
     from letit_dist.training.run import export, open_run, starts_anew
-    from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
+    from letit_dist.training.setup import create_accelerator, main_decides, seed_weights
     from letit_dist.training.trainer import Trainer
 
     if config.recipe.kind == "latent_energy":

@@ -57,11 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     from letit_dist.evaluation.tables import markdown
     from letit_dist.hub import is_hub_id
     from letit_dist.pretrained import find_folder
+    from letit_dist.ranks import launched_ranks
     from letit_dist.recipes.latent_energy import LatentEnergyConfig, LatentEnergyRecipe
     from letit_dist.training.feeds import LatentFeed
     from letit_dist.training.plan import plan_batches
     from letit_dist.training.run import export, open_run
-    from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
+    from letit_dist.training.setup import create_accelerator, main_decides, seed_weights
     from letit_dist.training.trainer import Trainer
 
     if not isinstance(config.recipe, LatentEnergyConfig):
@@ -139,6 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     trainer.say(f"{', '.join(sizes[:-1])} {'and' if config.data.domains else 'to'} {sizes[-1]}; batch: {plan}")
     code = trainer.train()
+    if feed.unverified:
+        print(feed.unverified, flush=True)
     if code == 0:
         ends = {"domains": feed.names} if config.data.domains else {"source": feed.names[0], "target": feed.names[1]}
         names = zip(feed.names, sides, config.data.folders, strict=True)

@@ -20,6 +20,7 @@ import yaml
 
 from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
+from letit_dist.ranks import known_place, launched_ranks
 
 CARD = "README.md"
 _UNKNOWN, _UNMEASURED = "not stated", "not yet measured"
@@ -214,11 +215,11 @@ def command_line(program: str, argv: Sequence[str] | None = None) -> str:
     words = [program, *(sys.argv[1:] if argv is None else argv)]
     words = [re.sub(r"://[^/@\s]+@", "://", word) for word in words]  # names and passwords are not for a card
     asked = [f"{name}={shlex.quote(value)}" for name in _LAUNCHED if (value := os.environ.get(name, "")) not in _UNSET]
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched_ranks()
     if ranks == 1 and not asked:
         return shlex.join(["python", *words])
-    there = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "")
-    here = int(there) if there.isdigit() and 0 < int(there) < ranks and ranks % int(there) == 0 else ranks
+    _, here = known_place() or (0, ranks)
+    here = here if ranks % here == 0 else ranks
     meeting = ["--standalone"]
     if here < ranks:
         meeting = ["--nnodes", str(ranks // here), "--rdzv_backend", "c10d", "--rdzv_endpoint", "FIRST_MACHINE:29500"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import ParamSpec
+
+from letit_dist.ranks import launched_ranks
 
 P = ParamSpec("P")
 
@@ -20,7 +21,7 @@ class UserError(Exception):
 
 def _let_others_speak() -> None:
     # Launchers end all ranks as soon as one has ended, also one that is about to say what went wrong.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_ranks() > 1:
         time.sleep(1.0)
 
 
@@ -31,12 +32,9 @@ def _leave_ranks() -> None:
     SIGABRT, after all went well.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if distributed.is_initialized():
+    if distributed is not None and launched_ranks() > 1 and distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # of another rank that has ended already: the work is done
             distributed.destroy_process_group()
-    gc.collect()  # a model that DDP wrapped holds the group too
 
 
 def reports_errors(main: Callable[P, int | None]) -> Callable[P, int]:
@@ -50,8 +48,7 @@ def reports_errors(main: Callable[P, int | None]) -> Callable[P, int]:
             _leave_ranks()
             return code
         except UserError as error:
-            ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            prefix = f"[rank {os.environ.get('RANK', '0')}] " if ranks > 1 else ""
+            prefix = f"[rank {os.environ.get('RANK', '0')}] " if launched_ranks() > 1 else ""
             for line in str(error).splitlines():
                 print(f"{prefix}error: {line}", file=sys.stderr, flush=True)
             _let_others_speak()

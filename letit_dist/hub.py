@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -20,6 +22,14 @@ def looks_like_id(path: str | Path) -> bool:
 def is_hub_id(path: str | Path) -> bool:
     """Whether this can only mean a repository of the Hub: `owner/name`, and neither it nor `owner` exists here."""
     return looks_like_id(path) and not Path(path).exists() and not Path(path).parent.exists()
+
+
+def is_of_diffusers(folder: Path) -> bool:
+    """Whether it holds a model or a pipeline as diffusers saves them."""
+    with contextlib.suppress(OSError, ValueError):
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return isinstance(tree, dict) and "_class_name" in tree
+    return (folder / "model_index.json").is_file()
 
 
 def advice(repo_id: str) -> str:

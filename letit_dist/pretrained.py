@@ -6,7 +6,6 @@ and what is read back is checked against the fingerprint that was stored with it
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -132,7 +131,7 @@ def read_config(folder: Path, needed: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Tr
         owner = f"; the Hub is not asked for it, because there is a folder {folder.parent} here" if asked else ""
         raise UserError(f"no weights at {folder}: it {what} (with {CONFIG} and {WEIGHTS}){owner}")
     missing = [name for name in needed if not (folder / name).is_file()]
-    if missing and _is_of_diffusers(folder):
+    if missing and hub.is_of_diffusers(folder):
         raise UserError(
             f"{folder} holds a model of diffusers: make a folder of ours from it, and name that "
             f"(python launch/export.py --from diffusers {folder} --resolution R --out FOLDER)"
@@ -152,12 +151,6 @@ def read_config(folder: Path, needed: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Tr
             f"{letit_dist.__version__}, which may not know all that it says: pip install --upgrade letit_dist"
         )
     return tree
-
-
-def _is_of_diffusers(folder: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return "_class_name" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return (folder / "model_index.json").is_file()
 
 
 def _release(version: Any) -> tuple[int, ...]:
@@ -242,7 +235,7 @@ def find_folder(path: str | Path) -> Path:
         return exports[-1]
     if (path / "config.yaml").is_file():
         raise UserError(f"{path} is a run folder without an export: the run has not finished, start it again")
-    if _is_of_diffusers(path):
+    if hub.is_of_diffusers(path):
         return path  # its reader says what to do
     raise UserError(
         f"{path}: neither weights ({CONFIG} and {WEIGHTS}) nor a run folder with an export in it; of other people's "

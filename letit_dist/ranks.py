@@ -1,4 +1,4 @@
-"""Which of the processes on its machine this one is, as whatever launched them says it."""
+"""How many processes there are, and which of its machine's this one is, as whatever launched them says it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,19 @@ def _place_by_slurm() -> tuple[int, int] | None:
     return None
 
 
-def place_on_machine() -> tuple[int, int]:
-    """(this process's number on its machine, processes there); (0, 1) where no launcher says both.
+def launched_ranks() -> int:
+    """The number of processes this program was started with."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    So work that is dealt by it is done twice where too little is known, and never left out.
-    """
+
+def known_place() -> tuple[int, int] | None:
+    """(this process's number on its machine, processes there); None where no launcher says both."""
     for rank, ranks in ((_number(rank), _number(ranks)) for rank, ranks in _NAMES):
         if 0 <= rank < ranks:
             return rank, ranks
-    return _place_by_slurm() or (0, 1)
+    return _place_by_slurm()
+
+
+def place_on_machine() -> tuple[int, int]:
+    """`known_place`, or (0, 1): work that is dealt by it is then done twice, and never left out."""
+    return known_place() or (0, 1)

@@ -206,7 +206,8 @@ def test_what_would_break_a_table_does_not():
 
 CPU = {"ACCELERATE_USE_CPU": "True"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "launch/my zero.json"}
-OTHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", *CPU, *ZERO)
+SLURM = {"RANK": "5", "SLURM_PROCID": "5", "SLURM_NODEID": "1", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "4(x2)"}
+OTHERS = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *SLURM, *CPU, *ZERO)
 MEETING = "--rdzv_backend c10d --rdzv_endpoint FIRST_MACHINE:29500"
 
 
@@ -215,10 +216,16 @@ MEETING = "--rdzv_backend c10d --rdzv_endpoint FIRST_MACHINE:29500"
     [
         ({}, "python"),
         ({"WORLD_SIZE": "1", "ACCELERATE_USE_CPU": "False"}, "python"),
-        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, "torchrun --standalone --nproc_per_node 8 --"),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --standalone --nproc_per_node 8 --",
+        ),
         ({"WORLD_SIZE": "8"}, "torchrun --standalone --nproc_per_node 8 --"),
-        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, f"torchrun --nnodes 2 {MEETING} --nproc_per_node 8 --"),
-        ({"WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "4"}, f"torchrun --nnodes 2 {MEETING} --nproc_per_node 4 --"),
+        (
+            {"WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"},
+            f"torchrun --nnodes 2 {MEETING} --nproc_per_node 8 --",
+        ),
+        ({"WORLD_SIZE": "8", **SLURM}, f"torchrun --nnodes 2 {MEETING} --nproc_per_node 4 --"),
         ({"WORLD_SIZE": "2", **CPU}, "ACCELERATE_USE_CPU=True torchrun --standalone --nproc_per_node 2 --"),
         (
             {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "False", **ZERO},

@@ -12,12 +12,13 @@ from letit_dist.cards import Card
 from letit_dist.data.latents import LatentSet
 from letit_dist.data.writer import ShardWriter
 from letit_dist.errors import UserError
+from letit_dist.ranks import launched_ranks
 from letit_dist.recipes.base import Batch, Level, OptimizerConfig, Phase, Recipe, RecipeConfig, StepResult
 from letit_dist.schemas import ImagesConfig, IntervalsConfig, TrainingConfig
 from letit_dist.training.feeds import ImageFeed, LatentFeed
 from letit_dist.training.plan import BatchPlan, plan_batches, timetable
 from letit_dist.training.run import export
-from letit_dist.training.setup import create_accelerator, launched_ranks, main_decides, seed_weights
+from letit_dist.training.setup import create_accelerator, main_decides, seed_weights
 from letit_dist.training.trainer import Trainer
 
 # ------------------------------------------------------------------------------------------- batches

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import tiny_autoencoder
+from programs import STYLES, run
 
 from letit_dist import files
 from letit_dist.data import verifying
@@ -238,3 +239,15 @@ def test_latents_as_well(shards, fruit_latents, tmp_path):
     flip(tar)
     with pytest.raises(UserError, match=r"latents/shard-00000\.tar: sha256"):
         first(LatentFeed(*sides, seed=0))
+
+
+def test_a_run_that_ends_before_its_shards_were_hashed_says_so(chain, tmp_path, monkeypatch):
+    end = threading.Event()
+    monkeypatch.setattr(verifying, "PATIENCE", 0.01)
+    monkeypatch.setattr(Index, "hash_problem", lambda index, shard: end.wait(60) and None)
+    for command in (list(chain.pretrain), list(chain.train_energy(*STYLES))):
+        command[command.index("--run") + 1] = tmp_path / command[0].rpartition("/")[2]
+        done = run(*command)
+        assert done.code == 0, done.err
+        assert re.search(r"^data\.verify: 0 of \d+ shards were hashed, the others may have changed$", done.out, re.M)
+    end.set()

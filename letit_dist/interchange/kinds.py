@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +41,8 @@ def recognise(path: str | Path) -> str | None:
     folder = Path(path)
     if not folder.is_dir():
         return None
-    for place in (folder, folder / "vae", folder / "vqvae"):
-        try:
-            tree = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(tree, dict) and "_class_name" in tree:
-            return "diffusers"
+    if any(hub.is_of_diffusers(place) for place in (folder, folder / "vae", folder / "vqvae")):
+        return "diffusers"
     if (folder / "config.json").exists():
         return None
     names = [file.name for file in folder.iterdir() if file.suffix in (".pth", ".pt", ".safetensors")]

@@ -39,7 +39,18 @@ def _spread(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-class ImageFeed:
+class _Verified:
+    """A feed whose shards are hashed while a run learns from them."""
+
+    _verification: Verification | None = None
+
+    @property
+    def unverified(self) -> str | None:
+        """What to say of a run that ends before all its shards were hashed."""
+        return self._verification.unfinished if self._verification else None
+
+
+class ImageFeed(_Verified):
     """Shards of images, augmented by draws that belong to the sample's place in the run.
 
     Pixels become images on `device`: bytes are a quarter of what floats would be to send there. `resolution` is taken
@@ -63,7 +74,6 @@ class ImageFeed:
         self.resolution: int | None = None
         if self.dataset is not None and resolution is not None and self.dataset.stores(resolution):
             self.dataset, self.resolution = self.dataset.at(resolution), resolution
-        self._verification: Verification | None = None
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -114,11 +124,6 @@ class ImageFeed:
             seen = images_seen + number * batch
             yield Batch({"images": images}, item.positions, seen, batch, tuple(item.bad), problem)
 
-    @property
-    def unverified(self) -> str | None:
-        """What to say of a run that ends before all its shards were hashed."""
-        return self._verification.unfinished if self._verification else None
-
     def require_shares(self, batch: int, ranks: int) -> None:
         """Raise UserError where `ranks` could not each be given a part of every batch; reads no image."""
         self._stream(0, batch, 0, ranks, self.config.workers)
@@ -157,7 +162,7 @@ def require_side(size: tuple[int, int] | None, side: int) -> None:
         )
 
 
-class LatentFeed:
+class LatentFeed(_Verified):
     """Encoded domains, unpaired: data {"source.<field>", "target.<field>"} as they are stored.
 
     Two of them are source and target; `every_way` goes from each to each other, and data has "pair" (B,) too, the
@@ -171,7 +176,6 @@ class LatentFeed:
         self.by_size = by_size
         self.pairs = pairs_of(len(domains)) if every_way else [(0, 1)]
         self.names = [domain.meta["domain"] for domain in domains]
-        self._verification: Verification | None = None
         if every_way and len(set(self.names)) < len(domains):
             raise UserError(
                 f"data.domains: two of one name ({', '.join(self.names)}): name them by encode_latents.py --domain"

@@ -23,6 +23,7 @@ from letit_dist.cards import CARD, Card, restate
 from letit_dist.config import StrictConfig, Tree, as_tree, differences, parse_config, to_yaml
 from letit_dist.errors import UserError
 from letit_dist.files import write_atomically
+from letit_dist.ranks import launched_ranks
 from letit_dist.training.checkpoint import newest_whole
 from letit_dist.training.setup import main_decides
 
@@ -227,7 +228,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         **versions,
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "ranks": launched_ranks(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
     }

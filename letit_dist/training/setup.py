@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from letit_dist import rng
 from letit_dist.errors import UserError
+from letit_dist.ranks import launched_ranks
 from letit_dist.schemas import TrainingConfig
 from letit_dist.training.plan import BatchPlan
 
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
 T = TypeVar("T")
-
-
-def launched_ranks() -> int:
-    """The number of processes this program was started with."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _on_cpu() -> bool:
