@@ -14,11 +14,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from letit_dist.compiled import has_numba
 from letit_dist.energy.descent import Descent, OneHiddenLayer, layer_by_layer
 from letit_dist.energy.models import EnergyConfig, EnergyModel
 from letit_dist.registry import ENERGIES
 
 _SLOPE = 0.2  # of LeakyReLU
+_FEW, _NARROW = 1 << 14, 256  # weights and units of a layer that torch takes longer to start than to compute
 _leaky_relu_backward = torch.ops.aten.leaky_relu_backward.default
 
 
@@ -112,6 +114,41 @@ class MLPEnergy(EnergyModel):
         parameters = [tensor for layer in self._linear for tensor in (layer.weight, layer.bias)]
         flat = flat if self.unit == 1 else flat / self.unit
         return _Contrast.apply(flat, len(target), self._activate, self._bend, *parameters)
+
+    def closed_step(self, source: Tensor, target: Tensor, step_size: float, steps: int) -> Tensor | None:
+        """Noise-free chains of eq. (6) from `source` (B, *L), then gradients of mean E(target) - mean E(translated).
+
+        They become the parameters' `grad`. Returns mean E(target), mean E(translated), and the mean over chains of the
+        root mean square of their move (3,); None for networks and devices for which there are no kernels of this.
+        """
+        if not (self.config.layers == 1 and steps > 0 and self._has_kernels(source)):
+            return None
+        from letit_dist.narrow import contrastive_step
+
+        first, last = self._linear
+        numbers, found = contrastive_step(
+            *[(x if self.unit == 1 else x / self.unit).flatten(1).contiguous() for x in (source, target)],
+            first.weight,
+            first.bias,
+            last.weight[0],
+            slope=_SLOPE,
+            length=step_size / 2,  # of latents / unit
+            steps=steps,
+        )
+        first.weight.grad, first.bias.grad = found[:2]
+        last.weight.grad, last.bias.grad = found[2][None], torch.zeros_like(last.bias)  # which cancels in the loss
+        with torch.no_grad():
+            numbers[:2] += last.bias
+            numbers[2] *= self.unit
+        return numbers
+
+    def _has_kernels(self, latents: Tensor) -> bool:
+        config, inputs = self.config, math.prod(self.latent_shape)
+        plain = config.activation == "leaky_relu" and not config.conditions
+        small = inputs * config.hidden <= _FEW and config.hidden <= _NARROW and inputs % 4 == config.hidden % 4 == 0
+        if not (plain and small and latents.device.type == "cpu"):
+            return False
+        return latents.dtype == self._linear[0].weight.dtype in (torch.float32, torch.float64) and has_numba()
 
     @property
     def _activate(self) -> Callable[[Tensor], Tensor]:

@@ -216,6 +216,13 @@ class Recipe(nn.Module):
         """The loss of `phase`; no `.item()` here, so that a GPU is never waited for."""
         raise NotImplementedError
 
+    def closed_step(self, phase: str, batch: Batch) -> StepResult | None:
+        """`step` for recipes that have its gradients in closed form, which become the parameters' `grad` at once.
+
+        Asked first where nothing else waits for autograd: one process, one microbatch. None: `step` it is.
+        """
+        return None
+
     def sums(self) -> list[Tensor]:
         """What `after_batch` goes by, as sums over this rank's part of the batch. Once all phases have run forward, the
         trainer puts the sums over all ranks in their place."""

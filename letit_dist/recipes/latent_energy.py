@@ -17,6 +17,7 @@ from letit_dist.autoencoders.base import Autoencoder
 from letit_dist.config import as_tree
 from letit_dist.energy.baselines import MeanShift
 from letit_dist.energy.langevin import LangevinConfig, LangevinResult, LangevinSampler
+from letit_dist.energy.mlp import MLPEnergy
 from letit_dist.energy.models import EnergyModel, condition_of
 from letit_dist.energy.objective import contrastive_loss
 from letit_dist.energy.translate import METHOD
@@ -131,6 +132,21 @@ class LatentEnergyRecipe(Recipe):
         moves = (result.latents - source).flatten(1)
         moved = torch.linalg.vector_norm(moves, dim=1).mean() / moves.shape[1] ** 0.5
         return StepResult(loss, {**metrics, "moved": moved})
+
+    def closed_step(self, phase: str, batch: Batch) -> StepResult | None:
+        """The same for a narrow MLP on a CPU, up to rounding: beside its few operations autograd's are many."""
+        chain = self.config.langevin
+        plain = self.config.l2 == chain.noise_scale == 0 and self.precision != "bf16"
+        if not (plain and isinstance(self.energy, MLPEnergy)):
+            return None
+        source, target = self.latents(batch, "source"), self.latents(batch, "target")
+        numbers = self.energy.closed_step(source, target, chain.step_size, chain.steps)
+        if numbers is None:
+            return None
+        on_target, on_translated, moved = numbers.unbind()
+        loss = on_target - on_translated
+        metrics = {"energy_target": on_target, "energy_translated": on_translated, "energy_gap": -loss, "moved": moved}
+        return StepResult(loss, metrics)
 
     def samples(self, batch: Batch) -> dict[str, Tensor]:
         """Decoded: source latents (so reconstructions), mean shift, the energy's translations, and target latents."""

@@ -211,13 +211,17 @@ class Trainer:
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._gradients_shared(last):
-                result = self.model(phase.name, part)
+                # Otherwise DDP, DeepSpeed or a sum over microbatches wait for what autograd does.
+                alone = self.model is self.recipe and len(parts) == 1
+                closed = self.recipe.closed_step(phase.name, part) if alone else None
+                result = closed or self.model(phase.name, part)
                 losses.append(result.loss.detach())
                 if last:
                     exchange = self._exchange(batch, losses, closing=closing)
                     if self.deepspeed:  # its backward pass moves the weights
                         self._refuse_bad_loss(phase, losses, exchange)
-                self._backward(result.loss, last)
+                if closed is None:
+                    self._backward(result.loss, last)
             name = "loss" if len(self.recipe.phases) == 1 else f"loss_{phase.name}"
             # In images of all ranks, so that a run may go on with another number of them in mid-interval.
             weight = part.size * self.accelerator.num_processes
