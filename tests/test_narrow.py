@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_autoencoder
+from torch import nn
 
 from letit_dist.compiled import has_numba
 from letit_dist.energy import mlp
@@ -115,8 +116,19 @@ def test_none_without_numba_and_for_other_devices(monkeypatch):
     assert recipe.closed_step("energy", pairs(recipe)) is None
 
 
-@pytest.mark.parametrize("microbatch", [None, 4], ids=["whole", "in two microbatches"])
-def test_a_run_with_kernels_is_the_run_without(tmp_path, monkeypatch, microbatch):
+class Wrapped(nn.Module):
+    """As DDP and DeepSpeed stand between the trainer and the recipe, to hear of gradients."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given):
+        return self.module(*given)
+
+
+@pytest.mark.parametrize("way", ["whole", "in two microbatches", "wrapped"])
+def test_a_run_with_kernels_is_the_run_without(tmp_path, monkeypatch, way):
     weights = {}
     taken = []
     closed_step = LatentEnergyRecipe.closed_step
@@ -128,14 +140,17 @@ def test_a_run_with_kernels_is_the_run_without(tmp_path, monkeypatch, microbatch
     monkeypatch.setattr(LatentEnergyRecipe, "closed_step", watched)
     for kernels in (True, False):
         recipe = narrow(precision="fp64")
+        microbatch = 4 if way == "in two microbatches" else None
         keys = {"batch": 8, "microbatch": microbatch, "ema_half_life": 40.0, "precision": "fp64"}
         trainer = idle_trainer(recipe, tmp_path / str(kernels), **keys)
+        if way == "wrapped":
+            trainer.model = Wrapped(recipe)
         for number in range(20):
             trainer.learn(pairs(recipe, 8, seed=number, start=8 * number))
         weights[kernels] = [*recipe.state_dict().values(), *trainer.average.module.state_dict().values()]
         weights[kernels].append(torch.tensor(list(trainer.means.means().values())))
-    # Microbatches sum their gradients, which is autograd's.
-    assert taken == ([] if microbatch else [True] * 20 + [False] * 20)
+    # Sums over microbatches and ranks are made where autograd finds gradients.
+    assert taken == ([True] * 20 + [False] * 20 if way == "whole" else [])
     for ours, theirs in zip(*weights.values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 

@@ -48,9 +48,11 @@ def main():
     global fault
     run, shards, fault, every = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     stop = lambda feed: SignalFeed(feed, 3, signal.SIGTERM)
-    wrap = {"hang": Hanging, "freeze": Hanging, "stop": stop, "full": Filling, "none": None}[fault]
+    wrap = {"hang": Hanging, "freeze": Hanging, "stop": stop, "full": Filling, "none": None, "crash": None}[fault]
     timeout = 5.0 if wrap is Hanging else 300.0
     trainer = tiny_trainer(run, shards, feed=wrap, training={"timeout": timeout}, intervals={"checkpoint": every})
+    if fault == "crash" and RANK == 0:
+        trainer.store.save = lambda *_, **__: 1 / 0
     return trainer.train()
 
 code = main()
@@ -109,6 +111,13 @@ def test_a_file_that_cannot_be_written_ends_the_other_rank_at_once(ranks, tmp_pa
     while "error: " not in said(tmp_path, 0) and time.monotonic() - begun < 20:
         time.sleep(0.1)
     assert f"[rank 0] error: {line}" in said(tmp_path, 0) and (blocked or "") in said(tmp_path, 0)
+
+
+def test_an_error_of_the_main_process_in_a_save_ends_the_other_rank_at_once(ranks, tmp_path):
+    main, other = ranks("crash", 48)
+    assert other.wait(timeout=150) == 2, said(tmp_path, 1)
+    assert "Traceback" not in said(tmp_path, 1) and "lost the other ranks" not in said(tmp_path, 1)
+    assert main.wait(timeout=60) == 1 and "ZeroDivisionError" in said(tmp_path, 0)
 
 
 def test_the_rank_that_hangs_is_named(ranks, tmp_path):
