@@ -272,18 +272,22 @@ print(letit_dist.load_energy("you/energy").fingerprint())
 
 @pytest.mark.parametrize("more", [{}, {"HF_HUB_OFFLINE": "1"}])
 def test_a_hub_id_without_a_network_is_one_line(tmp_path, more):
-    for call in ("load_autoencoder", "load_energy", "Translator.from_pretrained"):
-        code = f"import letit_dist\ntry: letit_dist.{call}('you/gone')\nexcept letit_dist.UserError as e: print(e)"
-        done = python(code, "http://127.0.0.1:9", tmp_path, **more)
-        assert done.returncode == 0, done.stderr
-        (line,) = done.stdout.splitlines()
+    calls = ("load_autoencoder", "load_energy", "Translator.from_pretrained")
+    code = "import letit_dist\n"
+    for call in calls:
+        code += f"try: letit_dist.{call}('you/gone')\nexcept letit_dist.UserError as e: print(e)\n"
+    done = python(code, "http://127.0.0.1:9", tmp_path, **more)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(calls)
+    for line in lines:
         for part in ("you/gone: no such folder here", "`hf download you/gone --local-dir models/gone`", "config.json"):
             assert part in line
-        # Who does as that line says can go on to name other models of that owner.
-        (tmp_path / "empty" / re.search(r"--local-dir ([\w/]+)`", line)[1]).mkdir(parents=True)
-        again = python(code.replace("you/gone", "you/other"), "http://127.0.0.1:9", tmp_path, **more)
-        assert "you/other: no such folder here, and the Hub cannot be asked" in again.stdout
-        shutil.rmtree(tmp_path / "empty")
+    # Who does as that line says can go on to name other models of that owner.
+    (tmp_path / "empty" / re.search(r"--local-dir ([\w/]+)`", lines[0])[1]).mkdir(parents=True)
+    again = python(code.replace("you/gone", "you/other"), "http://127.0.0.1:9", tmp_path, **more).stdout.splitlines()
+    assert len(again) == len(calls)
+    assert all("you/other: no such folder here, and the Hub cannot be asked" in line for line in again)
     send = "import letit_dist\nfrom letit_dist.autoencoders.base import build_autoencoder\n"
     send += "from letit_dist.registry import AUTOENCODERS\n"
     send += "try: build_autoencoder(AUTOENCODERS.get('beta_vae').tiny).push_to_hub('you/new')\n"

@@ -95,38 +95,51 @@ def test_the_translator_folder_stands_alone(finished, folders):
     assert translator.energy.extra["images_seen"] == 64
 
 
-@pytest.mark.parametrize("kind", ["taesd", "diffusers"])
-def test_published_files_need_no_other_command(folders, tmp_path, kind):
-    published = tmp_path / "theirs"
-    if kind == "taesd":
-        foreign.publish(foreign.taesd("taesd"), published, "pth")
-    else:
-        diffusers = pytest.importorskip("diffusers")
-        torch.manual_seed(0)
-        diffusers.AutoencoderKL(
-            block_out_channels=(4, 4),
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            norm_num_groups=2,
-        ).save_pretrained(published)
+def of_published(folders, published, out, *more, to="orange"):
     (published / "LICENSE").write_text("MIT License\n\nCopyright")
+    places = (folders / "apple", folders / to, "--autoencoder", published, "--out", out)
+    return run("launch/transfer.py", *places, *more, *TINY)
 
-    def call(*more):
-        places = (folders / "apple", folders / "orange", "--autoencoder", published, "--out", tmp_path / "out")
-        return run("launch/transfer.py", *places, "--holdout", 5, *more, *TINY)
 
-    done = call()
-    assert done.code == 2 and "give --resolution" in done.err and not (tmp_path / "out").exists()
-    done = call("--resolution", 64)
-    assert done.code == 0, done.err
-    assert "== 1/7 reading the autoencoder" in done.out and f"--from {kind} {published} --resolution 64" in done.out
-    translator = letit_dist.Translator.from_pretrained(tmp_path / "out/translator")
+def read(folder, kind, published):
+    """Whether the autoencoder of a folder is the published one, licence and all."""
     wanted = import_autoencoder(kind, published, resolution=64).fingerprint()
-    assert translator.autoencoder.fingerprint() == wanted and translator.autoencoder.card.licence == "mit"
-    again = call("--resolution", 64, "--limit", 1)
-    assert again.code == 0 and "== 1/6 packing" in again.out, again.err
-    other = call("--resolution", 32)
+    found = letit_dist.load_autoencoder(folder)
+    return found.fingerprint() == wanted and found.card.licence == "mit"
+
+
+def test_published_files_need_no_other_command(folders, tmp_path):
+    published, out = tmp_path / "theirs", tmp_path / "out"
+    foreign.publish(foreign.taesd("taesd"), published, "pth")
+    done = of_published(folders, published, out)
+    assert done.code == 2 and "give --resolution" in done.err and not out.exists()
+    done = of_published(folders, published, out, "--resolution", 64, "--holdout", 5)
+    assert done.code == 0, done.err
+    assert "== 1/7 reading the autoencoder" in done.out and f"--from taesd {published} --resolution 64" in done.out
+    assert read(out / "translator/autoencoder", "taesd", published)
+    # What is there is not read again, so that the first step is to pack, which other settings end.
+    again = of_published(folders, published, out, "--resolution", 64, "--holdout", 4)
+    assert again.code == 2 and "== 1/6 packing" in again.out and "stopped in step 1" in again.err
+    other = of_published(folders, published, out, "--resolution", 32)
     assert other.code == 2 and "for another --resolution: name another --out" in other.err
+
+
+def test_so_do_those_of_diffusers(folders, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    published, out = tmp_path / "theirs", tmp_path / "out"
+    diffusers.AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=2,
+    ).save_pretrained(published)
+    # What follows is as above: it ends where it finds no picture.
+    (folders / "none").mkdir()
+    done = of_published(folders, published, out, "--resolution", 64, to="none")
+    assert done.code == 2 and "== 1/7 reading the autoencoder" in done.out and "== 3/7" in done.out
+    assert f"--from diffusers {published} --resolution 64" in done.out
+    assert read(out / "autoencoder", "diffusers", published)
 
 
 def test_the_same_command_continues(finished, folders, tmp_path):
