@@ -100,6 +100,8 @@ class Result:
             return {}
         rate = self.operations / statistics.median(ours for _, ours in self.seconds)
         each = f"GFLOP an {'image' if self.images else 'iteration'}"
+        if self.operations == 0:  # all of it in numba's kernels
+            return {each: None, "ours, GFLOP/s": None, "of the peak": None}
         return {
             each: f"{self.operations / (self.images or 1) / 1e9:.3g}",
             "ours, GFLOP/s": f"{rate / 1e9:.3g}",
@@ -296,8 +298,9 @@ faster. MiB: all tensors that live at once at the peak, weights and optimiser st
 workspaces that operations borrow. Agreement: the largest differences, found before anything was timed.
 """
 _OPERATIONS = """\
-GFLOP: multiplications and additions of the convolutions and matrix products of ours (torch.utils.flop_counter). Of the
-peak: model FLOP utilisation, the share of what the device does in dense bfloat16 products by its data sheet.
+GFLOP: multiplications and additions of the convolutions and matrix products of ours (torch.utils.flop_counter, from
+which numba's kernels are hidden). Of the peak: model FLOP utilisation, the share of what the device does in dense
+bfloat16 products by its data sheet.
 """
 
 
