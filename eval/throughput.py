@@ -17,7 +17,21 @@ import shlex
 import sys
 from pathlib import Path
 
-from speed import alae, beta_vae, data, decode, energy, ranks, recompute, save, startup, translate, vqvae2, zero
+from speed import (
+    alae,
+    beta_vae,
+    data,
+    decode,
+    energy,
+    langevin,
+    ranks,
+    recompute,
+    save,
+    startup,
+    translate,
+    vqvae2,
+    zero,
+)
 from speed import all as whole
 from speed.arguments import at_least_one
 
@@ -25,7 +39,22 @@ from letit_dist.errors import UserError, reports_errors
 from letit_dist.files import require_folder
 
 # name -> module with options(parser), and matches(args), a generator of its matches and facts
-_MODULES = (alae, vqvae2, beta_vae, energy, decode, translate, data, ranks, recompute, save, zero, startup, whole)
+_MODULES = (
+    alae,
+    vqvae2,
+    beta_vae,
+    energy,
+    langevin,
+    decode,
+    translate,
+    data,
+    ranks,
+    recompute,
+    save,
+    zero,
+    startup,
+    whole,
+)
 BENCHMARKS = {module.__name__.removeprefix("speed."): module for module in _MODULES}
 
 

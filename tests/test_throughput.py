@@ -88,6 +88,7 @@ def test_help_names_every_benchmark():
         "vqvae2",
         "beta_vae",
         "energy",
+        "langevin",
         "decode",
         "translate",
         "data",

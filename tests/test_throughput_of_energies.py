@@ -1,4 +1,4 @@
-"""eval/throughput.py energy and vqvae2: what they set against each other, and what they refuse."""
+"""eval/throughput.py energy, langevin and vqvae2: what they set against each other, and what they refuse."""
 
 import re
 import sys
@@ -11,11 +11,13 @@ from letit_dist.autoencoders import convolution
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
 from letit_dist.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
 from letit_dist.energy.convolutional import ConvEnergyConfig
+from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
 from letit_dist.energy.mlp import MLPEnergyConfig
 from letit_dist.errors import UserError
 
 sys.path.insert(0, str(ROOT / "eval"))  # as Python does for a program there
 
+from speed.chain_sides import ChainSides
 from speed.energy_sides import Chain, EnergySides
 from speed.training_sides import Setting
 from speed.vqvae2_sides import Vqvae2Sides
@@ -93,11 +95,33 @@ def test_energies(tmp_path):
     assert next(tmp_path.glob("*-energy.md")).exists()
 
 
-def test_no_compiler_for_energies():
-    done = run(THROUGHPUT, "energy", "--compile")
-    assert done.code == 2 and "--compile has no effect on energy: leave it out" in done.err
-    done = run(THROUGHPUT, "energy", "--steps", 0)
+@pytest.mark.parametrize("command", ["energy", "langevin"])
+def test_no_compiler_for_energies(command):
+    done = run(THROUGHPUT, command, "--compile")
+    assert done.code == 2 and f"--compile has no effect on {command}: leave it out" in done.err
+    done = run(THROUGHPUT, command, "--steps", 0)
     assert done.code == 2 and "--steps 0: must be at least 1" in done.err
+
+
+def test_chains(tmp_path):
+    small = ("--resolution", 32, "--batch", 3, "--steps", 4, "--repeats", 2, "--threads", 1, "--bf16", "--plain")
+    done = run(THROUGHPUT, "langevin", *small, "--on", "vqvae2", "beta_vae", "--out", tmp_path)
+    assert done.code == 0, done.err
+    rows = [line.split("|")[1].strip() for line in done.out.splitlines() if line.startswith("| ")][2:]
+    assert rows == ["vqvae2", "vqvae2, all gradients", "beta_vae", "beta_vae, all gradients"]
+    assert len(re.findall(r"moves in float64 \de-1[2-9], moves in float32", done.out)) == 4
+    assert next(tmp_path.glob("*-langevin.md")).exists()
+    done = run(THROUGHPUT, "langevin", "--resolution", 48)
+    assert done.code == 2 and "--resolution 48: must be a power of two from 16 on" in done.err
+
+
+@pytest.mark.parametrize("energy", [MLPEnergyConfig(hidden=24), ConvEnergyConfig()], ids=["mlp", "conv"])
+def test_a_wrong_chain_is_seen(energy):
+    sides = ChainSides(Chain(energy, 3, 4, 0.5), (4, 8, 8), torch.device("cpu"), frozen=True)
+    assert "moves in float64" in sides.agree()
+    sides.sampler = LangevinSampler(LangevinConfig(steps=4, step_size=0.5 * (1 + 1e-9)))
+    with pytest.raises(UserError, match="the two sides disagree: moves in float64 by"):
+        sides.agree()
 
 
 @pytest.fixture(params=["as torch", "by products"])

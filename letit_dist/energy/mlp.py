@@ -126,8 +126,10 @@ class MLPEnergy(EnergyModel):
         from letit_dist.narrow import contrastive_step
 
         first, last = self._linear
+        begun, goals = ((x if self.unit == 1 else x / self.unit).flatten(1).contiguous() for x in (source, target))
         numbers, found = contrastive_step(
-            *[(x if self.unit == 1 else x / self.unit).flatten(1).contiguous() for x in (source, target)],
+            begun,
+            goals,
             first.weight,
             first.bias,
             last.weight[0],
