@@ -155,8 +155,34 @@ def test_alae(tmp_path, options):
     assert "python eval/throughput.py alae --width tiny --batch 2" in text
     for fact in ("- width: tiny", "- batch: 2", f"- bf16: {'yes' if options else 'no'}", "1 torch thread"):
         assert fact in text
-    naive, ours = (float(cell) for cell in table[-1].split("|")[6:8])
+    naive, ours = (float(cell) for cell in table[-1].split("|")[7:9])
     assert 0 < ours < naive
+
+
+def test_lazy_r1(sides):
+    """Of four batches one evaluates R1, with four times its weight; the naive side has it in all."""
+    pair = sides(16)
+    weights = []
+    step = pair.recipe.discriminator_step
+    pair.recipe.discriminator_step = lambda *given: (weights.append(given[-1]), step(*given))[1]
+    naive, ours = pair.in_turns(4)
+    start = pair.trainer.images_seen
+    ours.run()
+    ours.run()
+    assert weights == [4 * pair.recipe.config.r1_gamma, 0, 0, 0] * 2
+    assert pair.trainer.images_seen == start + 8 * 2
+    count = []
+    pair.naive.iteration = lambda *_: iter(count.append(1) or ())
+    naive.run()
+    assert len(count) == 4
+
+
+def test_lazy_r1_has_a_row():
+    done = run(*TINY, "--resolution", 8, "--lazy", 2)
+    assert done.code == 0, done.err
+    assert re.search(r"\| 8 pixels, R1 in one batch of 2 .*\| at least 1.4 .*\| in expectation", done.out)
+    done = run(*TINY, "--lazy", 0)
+    assert done.code == 2 and "--lazy 0: must be at least 1" in done.err
 
 
 @pytest.mark.full

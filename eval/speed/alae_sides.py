@@ -11,6 +11,7 @@ from torch import Tensor
 
 from letit_dist.autoencoders.alae import ALAE, ALAEConfig
 from letit_dist.errors import UserError
+from letit_dist.evaluation.benchmark import Side
 from letit_dist.recipes.alae import ALAERecipe, ALAERecipeConfig
 from letit_dist.recipes.base import Batch, OptimizerConfig
 from speed.agreement import compile_methods, full_precision
@@ -81,6 +82,19 @@ class AlaeSides(TrainingSides):
         """The same images every time, under the positions of a run: the draws are new."""
         seen = self.trainer.images_seen
         return replace(self.batch, images_seen=seen, positions=self.batch.positions + seen)
+
+    def in_turns(self, every: int) -> tuple[Side, Side]:
+        """Both sides over `every` iterations, from now on with R1 in the first of ours only."""
+        self.recipe.config = self.recipe.config.model_copy(update={"r1_every": every})
+
+        def repeated(side: Side) -> Side:
+            def run() -> None:
+                for _ in range(every):
+                    side.run()
+
+            return replace(side, run=run)
+
+        return repeated(self.naive_side), repeated(self.our_side)
 
     def compare(self, tolerance: Tolerance) -> Differences:
         """One iteration of both on the same draws, in full precision; a UserError beyond the tolerance.
