@@ -18,8 +18,8 @@ if [ ${#arguments[@]} -gt 0 ]; then
   if [ -n "$full" ]; then arguments+=(-m "not full"); fi
   exec python -m pytest "${arguments[@]}"
 fi
-# Two files at a time on a thread each; then, alone, what starts ranks of its own and measures how they end.
+# Two files at a time on a thread each; then, alone, what measures when and how processes end.
 status=0
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not ranks$full" || status=$?
-python -m pytest -m "ranks$full" || status=$?
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not alone$full" || status=$?
+python -m pytest -m "alone$full" || status=$?
 exit $status

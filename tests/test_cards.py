@@ -242,7 +242,6 @@ def test_the_command_says_how_it_was_launched(environment, expected, monkeypatch
     assert command_line("launch/x.py", ["a b", "c"]) == f"{expected} launch/x.py 'a b' c"
 
 
-@pytest.mark.ranks
 def test_the_command_of_a_card_of_two_ranks_gives_the_same_weights(fruit_shards, tmp_path):
     done = launch(tmp_path / "run", fruit_shards, "training.images=16", "intervals.checkpoint=16", yaml=CPU2)
     assert done.returncode == 0, done.stderr

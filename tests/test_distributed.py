@@ -13,8 +13,6 @@ import torch
 from ranks import ROOT, start
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.ranks
-
 CONFIG = "configs/debug/vqvae2.yaml"
 TINY = [
     "autoencoder.resolution=32",

@@ -16,8 +16,6 @@ from letit_dist.data.latents import LatentSet
 from letit_dist.data.reader import ShardDataset
 from letit_dist.errors import UserError
 
-pytestmark = pytest.mark.ranks
-
 
 def encode(shards, out, fault="none", ranks=2):
     return start("tests/encode_on_ranks.py", shards, out, fault, launch=CPU2 if ranks == 2 else None, timeout=300)

@@ -144,7 +144,6 @@ def test_what_each_stage_of_zero_shards(config):
     assert zero("ffhq1024").buffers == 2 and Sharding.of({}) == Sharding(0, False, 500_000_000, 0)
 
 
-@pytest.mark.ranks
 @pytest.mark.parametrize("name", ["zero1", *(pytest.param(n, marks=pytest.mark.full) for n in ("ffhq1024", "zero3"))])
 def test_a_rank_under_deepspeed_holds_that(name, tmp_path, fruit_shards, config):
     pytest.importorskip("deepspeed")

@@ -14,7 +14,7 @@ from letit_dist.data.packing import PackOptions, pack
 from letit_dist.data.sources import Request, open_source
 from letit_dist.training.checkpoint import verify
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.alone
 DEEPSPEED2 = "launch/accelerate/deepspeed_cpu2.yaml"
 
 

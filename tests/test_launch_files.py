@@ -14,8 +14,6 @@ import yaml
 from PIL import Image
 from ranks import start
 
-pytestmark = pytest.mark.ranks
-
 ROOT = Path(__file__).parent.parent
 ACCELERATE = sorted((ROOT / "launch/accelerate").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "launch/deepspeed").glob("*.json"))

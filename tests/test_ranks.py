@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, start
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.alone
 
 # Everything that a rank finds at its start, and what it may find in nobody.
 LOOK = """

@@ -35,7 +35,7 @@ print("threads left", gloo())
 """
 
 
-@pytest.mark.ranks
+@pytest.mark.alone
 def test_a_rank_may_be_days_late():
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
     place |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

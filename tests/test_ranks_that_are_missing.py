@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from letit_dist.training.ends import silent_ranks, why_it_ended
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.alone
 
 RUN = """
 import os, resource, signal, sys, time

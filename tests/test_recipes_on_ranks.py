@@ -16,8 +16,6 @@ from letit_dist.autoencoders.beta_vae import BetaVAE
 from letit_dist.data.packing import PackOptions, pack
 from letit_dist.data.sources import Request, open_source
 
-pytestmark = pytest.mark.ranks
-
 STYLES = ("apple", "orange")
 TWENTY = ("training.images=160", "training.batch=8", "training.ema_half_life=40", "recipe.optimizer.decay=null")
 TWENTY += ("intervals.report=80", "intervals.samples=1000000", "intervals.checkpoint=160")

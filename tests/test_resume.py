@@ -27,7 +27,7 @@ from letit_dist.schemas import ImagesConfig
 from letit_dist.training.feeds import ImageFeed
 from letit_dist.training.trainer import STOPPED
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,6 @@ def json_file(folder, **keys):
     return path
 
 
-@pytest.mark.ranks
 def test_what_a_rank_holds_under_stage_3_and_that_it_learns_what_ddp_learns(tmp_path):
     pytest.importorskip("deepspeed")
     files = ("--files", ROOT / "launch/deepspeed/zero3.json", "--out", tmp_path)
@@ -53,7 +52,6 @@ def test_what_a_rank_holds_under_stage_3_and_that_it_learns_what_ddp_learns(tmp_
 
 
 @pytest.mark.full
-@pytest.mark.ranks
 def test_a_file_that_learns_something_else_is_refused(tmp_path):
     pytest.importorskip("deepspeed")
     clipped = json_file(tmp_path, gradient_clipping=1e-12)
