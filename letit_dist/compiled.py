@@ -1,4 +1,4 @@
-"""Whether numba is there to compile kernels, and a line when it does."""
+"""Kernels of numba: whether it is there, how they are kept, and a line when they are compiled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -13,13 +14,27 @@ from typing import Any
 def has_numba() -> bool:
     """Whether kernels can be compiled; the first time that this process does so a line on stderr says it."""
     if sys.platform != "linux":
-        return False  # its threads are not torch's there
+        return False  # of those that have threads, these are not torch's there
     try:
         event = importlib.import_module("numba.core.event")
     except ImportError:  # not there, or one that does not know this numpy
         return False
     _say_when_compiling(event)
     return True
+
+
+def kernel(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """numba's njit, kept on disk; where no folder can be written to, each process compiles anew."""
+    njit = importlib.import_module("numba").njit
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            compiled: Callable[..., Any] = njit(cache=True, **options)(function)
+        except RuntimeError:  # no place for a cache
+            compiled = njit(**options)(function)
+        return compiled
+
+    return decorate
 
 
 def _say_when_compiling(event: Any) -> None:

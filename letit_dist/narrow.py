@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Rows and columns are taken in fours: what widths must be multiples of.
-LANES = 4
+from letit_dist.compiled import kernel
+
+LANES = 4  # numbers taken at once
 
 Array = NDArray[np.floating]
 # Branches on signs would be mispredicted: below, factors are chosen, and changes counted.
-_kernel = njit(cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+_kernel = kernel(error_model="numpy", fastmath={"contract", "nsz"})
 
 
 def contrastive_step(
@@ -38,7 +38,7 @@ def contrastive_step(
     from `source` (B, L): ([mean E(target), mean E(translated), mean root mean square of the moves], gradients of
     mean E(target) - mean E(translated) by `first` (h, L), `bias` (h,) and `last` (h,)).
 
-    `target` (B', L); L and h are multiples of `LANES`; all on a CPU, row-major and of one dtype, float32 or float64.
+    `target` (B', L); L and h are multiples of 4; all on a CPU, row-major and of one dtype, float32 or float64.
     """
     numbers = torch.empty(3, dtype=source.dtype)
     gradients = torch.empty_like(first), torch.empty_like(bias), torch.empty_like(last)

@@ -18,6 +18,8 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from letit_dist.compiled import kernel
+
 TILE = 4  # outputs of a tile along one axis
 _TILES = 64  # taken at once
 # Where the polynomials of the scheme are evaluated, beside infinity: the choice that rounds least (4e-6 of the largest
@@ -108,8 +110,8 @@ scheme = functools.lru_cache(Scheme)
 # that twice takes both. LLVM makes vector instructions of them where the lines m are a number that it knows, the same
 # for all: some of them may hold nothing.
 _scalars = njit(fastmath=True, error_model="numpy")
-_along_one = njit(cache=True, fastmath=True, error_model="numpy")
-_tiles = njit(cache=True, fastmath=True, error_model="numpy", parallel=True, nogil=True)
+_along_one = kernel(fastmath=True, error_model="numpy")
+_tiles = kernel(fastmath=True, error_model="numpy", parallel=True, nogil=True)
 
 
 def _operation(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -217,7 +219,7 @@ def _gather(x: Array, y: Array) -> None:
                 )
 
 
-@njit(cache=True)
+@kernel()
 def _place(tile: int, rows: int, columns: int) -> tuple[int, int, int]:
     """The sample, the row and the column of a tile."""
     return tile // (rows * columns), tile // columns % rows, tile % columns

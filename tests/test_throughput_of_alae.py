@@ -180,9 +180,9 @@ def test_lazy_r1(sides):
 def test_lazy_r1_has_a_row():
     done = run(*TINY, "--resolution", 8, "--lazy", 2)
     assert done.code == 0, done.err
-    assert re.search(r"\| 8 pixels, R1 in one batch of 2 .*\| at least 1.4 .*\| in expectation", done.out)
-    done = run(*TINY, "--lazy", 0)
-    assert done.code == 2 and "--lazy 0: must be at least 1" in done.err
+    assert re.search(r"\| 8 pixels, R1 in one batch of 2 .*\| at least 1.4 .*\| in expectation only", done.out)
+    done = run(*TINY, "--lazy", 1)
+    assert done.code == 2 and "--lazy 1: must be at least 2" in done.err
 
 
 @pytest.mark.full

@@ -84,7 +84,7 @@ class AlaeSides(TrainingSides):
         return replace(self.batch, images_seen=seen, positions=self.batch.positions + seen)
 
     def in_turns(self, every: int) -> tuple[Side, Side]:
-        """Both sides over `every` iterations, from now on with R1 in the first of ours only."""
+        """Both sides over `every` iterations, with R1 in one of ours; `our_side` is changed by it for good."""
         self.recipe.config = self.recipe.config.model_copy(update={"r1_every": every})
 
         def repeated(side: Side) -> Side:

@@ -8,7 +8,7 @@ from letit_dist.energy.langevin import LangevinConfig, LangevinSampler
 from letit_dist.energy.models import build_energy
 from letit_dist.evaluation.benchmark import Side
 from letit_dist.training.setup import seed_weights
-from speed.agreement import apart, listed, require_agreement
+from speed.agreement import apart, full_precision, listed, require_agreement
 from speed.energy_sides import Chain
 from speed.naive_energy import NaiveEnergy
 
@@ -72,8 +72,9 @@ class ChainSides:
         found = {}
         for dtype in TOLERANCE:
             self._build(dtype)
-            expected = self.run_naive() - self.start
-            name = f"moves in {str(dtype).removeprefix('torch.')}"
-            found[name] = apart(self.run_ours() - self.start, expected)
+            with full_precision(self.naive):
+                expected = self.run_naive() - self.start
+                name = f"moves in {str(dtype).removeprefix('torch.')}"
+                found[name] = apart(self.run_ours() - self.start, expected)
             require_agreement({name: found[name]}, TOLERANCE[dtype])
         return listed(found)

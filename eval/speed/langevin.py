@@ -1,4 +1,4 @@
-"""chains down an energy, as a translation runs them: through autograd at every point, against our sampler
+"""chains down an energy, as training runs them: through autograd at every point, against our sampler
 
 Latents are normal random numbers and energies have random weights. The published sampler freezes the parameters; the
 rows "all gradients" do not, as the plainest loop would not. The energies are those of `energy`, whose iteration has a

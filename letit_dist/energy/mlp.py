@@ -20,7 +20,8 @@ from letit_dist.energy.models import EnergyConfig, EnergyModel
 from letit_dist.registry import ENERGIES
 
 _SLOPE = 0.2  # of LeakyReLU
-_FEW, _NARROW = 1 << 14, 256  # weights and units of a layer that torch takes longer to start than to compute
+# Weights and units of a layer, and rows, that torch takes longer to start than to compute.
+_FEW, _NARROW, _ROWS = 1 << 14, 256, 512
 _leaky_relu_backward = torch.ops.aten.leaky_relu_backward.default
 
 
@@ -121,7 +122,7 @@ class MLPEnergy(EnergyModel):
         They become the parameters' `grad`. Returns mean E(target), mean E(translated), and the mean over chains of the
         root mean square of their move (3,); None for networks and devices for which there are no kernels of this.
         """
-        if not (self.config.layers == 1 and steps > 0 and self._has_kernels(source)):
+        if not (self.config.layers == 1 and steps > 0 and self._has_kernels(source, target)):
             return None
         from letit_dist.narrow import contrastive_step
 
@@ -144,13 +145,16 @@ class MLPEnergy(EnergyModel):
             numbers[2] *= self.unit
         return numbers
 
-    def _has_kernels(self, latents: Tensor) -> bool:
+    def _has_kernels(self, source: Tensor, target: Tensor) -> bool:
         config, inputs = self.config, math.prod(self.latent_shape)
+        weight = self._linear[0].weight
         plain = config.activation == "leaky_relu" and not config.conditions
-        small = inputs * config.hidden <= _FEW and config.hidden <= _NARROW and inputs % 4 == config.hidden % 4 == 0
-        if not (plain and small and latents.device.type == "cpu"):
+        small = inputs * config.hidden <= _FEW and config.hidden <= _NARROW and len(source) + len(target) <= 2 * _ROWS
+        fours = inputs % 4 == config.hidden % 4 == 0
+        if not (plain and small and fours and source.device.type == "cpu"):
             return False
-        return latents.dtype == self._linear[0].weight.dtype in (torch.float32, torch.float64) and has_numba()
+        alike = source.dtype == target.dtype == weight.dtype in (torch.float32, torch.float64)
+        return alike and has_numba()
 
     @property
     def _activate(self) -> Callable[[Tensor], Tensor]:

@@ -295,7 +295,8 @@ def processor() -> str:
 LEGEND = """\
 Seconds, or images a second, are medians. naive / ours: median of the ratios of each pair (quartiles); above 1, ours is
 faster. MiB: all tensors that live at once at the peak, weights and optimiser state included; on a CPU without the
-workspaces that operations borrow. Agreement: the largest differences, found before anything was timed.
+workspaces that operations borrow, and without what numba's kernels take. Agreement: the largest differences, found
+before anything was timed.
 """
 _OPERATIONS = """\
 GFLOP: multiplications and additions of the convolutions and matrix products of ours (torch.utils.flop_counter, from

@@ -211,10 +211,10 @@ class Trainer:
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._gradients_shared(last):
-                # Otherwise DDP, DeepSpeed or a sum over microbatches wait for what autograd does.
+                # Past autograd only where nothing waits for it: no DDP, no DeepSpeed, no sum over microbatches.
                 alone = self.model is self.recipe and len(parts) == 1
                 closed = self.recipe.closed_step(phase.name, part) if alone else None
-                result = closed or self.model(phase.name, part)
+                result = self.model(phase.name, part) if closed is None else closed
                 losses.append(result.loss.detach())
                 if last:
                     exchange = self._exchange(batch, losses, closing=closing)
