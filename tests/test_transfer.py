@@ -159,9 +159,9 @@ def test_the_same_command_continues(finished, folders, tmp_path):
 
 def test_a_step_that_fails_ends_it(finished, folders):
     out, _ = finished
-    done = transfer(folders, out, "training.seed=3")
-    assert done.code == 2 and "stopped in step 5: the same command continues there" in done.err
-    assert "== 6/6" not in done.out
+    done = transfer(folders, out, "--holdout", 4)
+    assert done.code == 2 and "stopped in step 1: the same command continues there" in done.err
+    assert "== 2/6" not in done.out
 
 
 @pytest.mark.parametrize(
