@@ -44,7 +44,7 @@ class ChainSides:
         self.start = torch.randn(self.chain.batch, *self._shape, generator=draws).to(self.device, dtype)
 
     def precisions(self, asked: str, *, plain: bool) -> None:
-        """ "bf16": energies under autocast; `plain`: ours alone."""
+        """With `asked` "bf16" energies work under autocast, with `plain` ours alone."""
         self._lowered = asked == "bf16"
         self.naive.precision = "fp32" if plain else asked
 

@@ -71,12 +71,10 @@ def _setting(kind: str, args: argparse.Namespace) -> tuple[AutoencoderConfig, Ch
     from letit_dist.autoencoders.beta_vae import BetaVAEConfig
     from letit_dist.autoencoders.vqvae2 import VQVAE2Config
     from letit_dist.config import parse_config
-    from letit_dist.energy.convolutional import ConvEnergyConfig
-    from letit_dist.energy.mlp import MLPEnergyConfig
-    from speed.energy_sides import Chain
+    from speed.energy_sides import published_chain
 
     start, most, latent, layers = WIDTHS[args.width]
-    found: dict[str, tuple[type[AutoencoderConfig], dict[str, Any], Chain]] = {
+    found: dict[str, tuple[type[AutoencoderConfig], dict[str, Any]]] = {
         "alae": (
             ALAEConfig,
             {
@@ -86,19 +84,13 @@ def _setting(kind: str, args: argparse.Namespace) -> tuple[AutoencoderConfig, Ch
                 "latent_dim": latent,
                 "mapping_layers": layers,
             },
-            Chain(MLPEnergyConfig(hidden=4 * latent), 32, 20, 0.2),
         ),
-        "beta_vae": (BetaVAEConfig, {}, Chain(MLPEnergyConfig(hidden=64), 128, 10, 0.2)),
-        "vqvae2": (
-            VQVAE2Config,
-            {"resolution": args.resolution},
-            Chain(ConvEnergyConfig(multiplier=args.multiplier), 8, 35, 2.0),
-        ),
+        "beta_vae": (BetaVAEConfig, {}),
+        "vqvae2": (VQVAE2Config, {"resolution": args.resolution}),
     }
-    schema, numbers, chain = found[kind]
-    return parse_config(schema, numbers), Chain(
-        chain.energy, args.batch or chain.batch, args.steps or chain.steps, chain.step_size
-    )
+    schema, numbers = found[kind]
+    chain = published_chain(kind, latent=latent, multiplier=args.multiplier, batch=args.batch, steps=args.steps)
+    return parse_config(schema, numbers), chain
 
 
 def _rate(chain: Chain, sides: EnergySides) -> Fact:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from letit_dist.autoencoders.base import Autoencoder
 from letit_dist.data.latents import LatentSet, LatentWriter
+from letit_dist.energy.convolutional import ConvEnergyConfig
 from letit_dist.energy.langevin import LangevinConfig
+from letit_dist.energy.mlp import MLPEnergyConfig
 from letit_dist.energy.models import EnergyConfig, build_energy
 from letit_dist.errors import UserError
 from letit_dist.evaluation.benchmark import Side
@@ -35,6 +37,19 @@ class Chain:
     batch: int
     steps: int
     step_size: float
+
+
+def published_chain(
+    kind: str, *, latent: int = 512, multiplier: int = 1, batch: int | None, steps: int | None
+) -> Chain:
+    """On the latents of an autoencoder of that kind; `latent` is the size of ALAE's, `multiplier` of the convolutional
+    energy's channels. `batch` and `steps` are the published ones where they are None."""
+    energy, usual_batch, usual_steps, step_size = {
+        "alae": (MLPEnergyConfig(hidden=4 * latent), 32, 20, 0.2),
+        "beta_vae": (MLPEnergyConfig(hidden=64), 128, 10, 0.2),
+        "vqvae2": (ConvEnergyConfig(multiplier=multiplier), 8, 35, 2.0),
+    }[kind]
+    return Chain(energy, batch or usual_batch, steps or usual_steps, step_size)
 
 
 class EnergySides:

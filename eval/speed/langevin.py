@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from typing import TYPE_CHECKING
 
+from letit_dist.errors import UserError
 from speed.arguments import Rows, at_least_one, without_effect
-
-if TYPE_CHECKING:
-    from speed.energy_sides import Chain
 
 KINDS = ("alae", "beta_vae", "vqvae2")
 
@@ -33,34 +30,19 @@ def matches(args: argparse.Namespace) -> Rows:
     at_least_one(args, "batch", "steps", "multiplier")
     without_effect(args, "compile")
     if args.resolution < 16 or args.resolution & (args.resolution - 1):
-        from letit_dist.errors import UserError
-
         raise UserError(f"--resolution {args.resolution}: must be a power of two from 16 on")
     from letit_dist.evaluation.benchmark import Match
     from speed.chain_sides import ChainSides
+    from speed.energy_sides import published_chain
     from speed.translate_sides import device_of
 
+    side = args.resolution // 4
+    shapes: dict[str, tuple[int, ...]] = {"alae": (512,), "beta_vae": (32,), "vqvae2": (64, side, side)}
     for kind in dict.fromkeys(args.on):
-        shape, chain = _setting(kind, args)
+        chain = published_chain(kind, multiplier=args.multiplier, batch=args.batch, steps=args.steps)
         for frozen in (True, False):
-            sides = ChainSides(chain, shape, device_of(), frozen=frozen)
+            sides = ChainSides(chain, shapes[kind], device_of(), frozen=frozen)
             agreement = sides.agree()
             sides.precisions("bf16" if args.bf16 else "fp32", plain=args.plain)
             name = kind if frozen else f"{kind}, all gradients"
             yield Match(name, sides.naive_side, sides.our_side, partial(str, agreement), chain.batch)
-
-
-def _setting(kind: str, args: argparse.Namespace) -> tuple[tuple[int, ...], Chain]:
-    """(shape of the latents, chain on them)"""
-    from letit_dist.energy.convolutional import ConvEnergyConfig
-    from letit_dist.energy.mlp import MLPEnergyConfig
-    from speed.energy_sides import Chain
-
-    side = args.resolution // 4
-    found: dict[str, tuple[tuple[int, ...], Chain]] = {
-        "alae": ((512,), Chain(MLPEnergyConfig(hidden=2048), 32, 20, 0.2)),
-        "beta_vae": ((32,), Chain(MLPEnergyConfig(hidden=64), 128, 10, 0.2)),
-        "vqvae2": ((64, side, side), Chain(ConvEnergyConfig(multiplier=args.multiplier), 8, 35, 2.0)),
-    }
-    shape, chain = found[kind]
-    return shape, Chain(chain.energy, args.batch or chain.batch, args.steps or chain.steps, chain.step_size)

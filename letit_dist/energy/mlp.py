@@ -122,7 +122,9 @@ class MLPEnergy(EnergyModel):
         They become the parameters' `grad`. Returns mean E(target), mean E(translated), and the mean over chains of the
         root mean square of their move (3,); None for networks and devices for which there are no kernels of this.
         """
-        if not (self.config.layers == 1 and steps > 0 and self._has_kernels(source, target)):
+        weight = self._linear[0].weight
+        alike = source.dtype == target.dtype == weight.dtype in (torch.float32, torch.float64)
+        if not (self.is_narrow and alike and steps > 0 and len(source) + len(target) <= 2 * _ROWS):
             return None
         from letit_dist.narrow import contrastive_step
 
@@ -145,16 +147,14 @@ class MLPEnergy(EnergyModel):
             numbers[2] *= self.unit
         return numbers
 
-    def _has_kernels(self, source: Tensor, target: Tensor) -> bool:
+    @property
+    def is_narrow(self) -> bool:
+        """Whether `closed_step` has kernels for this network, where it is."""
         config, inputs = self.config, math.prod(self.latent_shape)
-        weight = self._linear[0].weight
-        plain = config.activation == "leaky_relu" and not config.conditions
-        small = inputs * config.hidden <= _FEW and config.hidden <= _NARROW and len(source) + len(target) <= 2 * _ROWS
-        fours = inputs % 4 == config.hidden % 4 == 0
-        if not (plain and small and fours and source.device.type == "cpu"):
-            return False
-        alike = source.dtype == target.dtype == weight.dtype in (torch.float32, torch.float64)
-        return alike and has_numba()
+        plain = config.layers == 1 and config.activation == "leaky_relu" and not config.conditions
+        small = inputs * config.hidden <= _FEW and config.hidden <= _NARROW
+        fours = inputs % 4 == config.hidden % 4 == 0  # narrow.LANES, of which numba must be there to know
+        return plain and small and fours and self._linear[0].weight.device.type == "cpu" and has_numba()
 
     @property
     def _activate(self) -> Callable[[Tensor], Tensor]:

@@ -137,7 +137,8 @@ class LatentEnergyRecipe(Recipe):
         """The same for a narrow MLP on a CPU, up to rounding: beside its few operations autograd's are many."""
         chain = self.config.langevin
         plain = self.config.l2 == chain.noise_scale == 0 and self.precision != "bf16"
-        if not (plain and isinstance(self.energy, MLPEnergy)):
+        # Asked before latents are made of codes, which `step` would do again.
+        if not (plain and isinstance(self.energy, MLPEnergy) and self.energy.is_narrow):
             return None
         source, target = self.latents(batch, "source"), self.latents(batch, "target")
         numbers = self.energy.closed_step(source, target, chain.step_size, chain.steps)
